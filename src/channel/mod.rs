@@ -1,0 +1,175 @@
+//! Channels: byte transports that can lend memory to the kernel.
+//!
+//! One trait, one file per kind. `flags` is a parameter of the one write call (there are no parallel
+//! `_flags` variants), and zero copy is one of the flags. What a kind can do is asked, not assumed.
+//!
+//! The rule this module keeps (rule 1): between lending a Span and the `flush` that covers it, the
+//! memory stays mapped. *When* to flush is the stream's business.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use crate::region::{Span, SpanMut};
+use crate::sys::wake::Wake;
+
+/// How a write is to be done. A set, so that flags can be combined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteFlags(u32);
+
+impl WriteFlags {
+    /// A plain write: the bytes are copied before the call returns.
+    pub const NONE: Self = Self(0);
+    /// Lend the memory to the kernel instead of copying it; it must not be reused before `flush`.
+    pub const ZERO_COPY: Self = Self(1);
+
+    /// Whether all of `other` is set.
+    #[must_use]
+    pub fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+/// What a channel can do. A set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Features(u32);
+
+impl Features {
+    /// Nothing beyond reading and writing.
+    pub const NONE: Self = Self(0);
+    /// Descriptors can travel with a write.
+    pub const FD_PASS: Self = Self(1);
+    /// `shutdown` ends the directions one by one, and wakes a blocked peer.
+    pub const SHUTDOWN: Self = Self(2);
+    /// It was made by a listener.
+    pub const LISTEN: Self = Self(4);
+    /// `WriteFlags::ZERO_COPY` is honoured. Whether the kernel really avoids the copy is only known
+    /// from the counts of `flush`.
+    pub const WRITE_ZERO_COPY: Self = Self(8);
+
+    /// Whether all of `other` is there.
+    #[must_use]
+    pub fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Both sets together.
+    #[must_use]
+    pub const fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// What a `flush` saw: zero-copy sends released since the last one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Flush {
+    /// Zero-copy sends whose memory came back.
+    pub sends: u64,
+    /// Those of them that the kernel copied after all.
+    pub copied: u64,
+}
+
+impl Flush {
+    /// Nothing had been lent.
+    pub const NOTHING_OWED: Self = Self {
+        sends: 0,
+        copied: 0,
+    };
+
+    /// There were zero-copy sends, and the kernel copied every one of them.
+    #[must_use]
+    pub fn all_copied(&self) -> bool {
+        self.sends > 0 && self.copied == self.sends
+    }
+}
+
+/// Which way to end a channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shutdown {
+    /// No more reading.
+    Read,
+    /// No more writing; the peer reads the end after what is queued.
+    Write,
+    /// Throw away what is queued and tell the peer so (TCP: RST). Lent memory comes back at once and
+    /// can then be collected by `flush`.
+    Reset,
+}
+
+/// What ends a blocked call early.
+#[derive(Debug, Clone)]
+pub struct Patience {
+    /// Longest time without any progress (no byte moved, no release) before `TimedOut`.
+    pub stall_timeout: Duration,
+    /// Ends every wait with [`Woken`].
+    pub wake: Wake,
+}
+
+/// The error inside an `io::Error` when a wait was ended through [`Patience::wake`].
+#[derive(Debug, Clone, Copy)]
+pub struct Woken;
+
+impl Woken {
+    /// As an `io::Error`. Its kind is not `Interrupted`, which callers retry.
+    #[must_use]
+    pub fn error() -> io::Error {
+        io::Error::new(io::ErrorKind::ConnectionAborted, Self)
+    }
+
+    /// Whether `error` came from a wake.
+    #[must_use]
+    pub fn is(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
+impl fmt::Display for Woken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the transfer was ended")
+    }
+}
+
+impl std::error::Error for Woken {}
+
+/// One byte transport, and the memory it has on loan to the kernel.
+///
+/// Every call blocks until it made progress, its patience ended, or the transport failed.
+pub trait Channel: Send + fmt::Debug {
+    /// What this channel can do.
+    fn features(&self) -> Features;
+
+    /// Writes some of `iov` and says how many bytes were taken.
+    ///
+    /// With `ZERO_COPY` the memory is on loan until the next `flush`; the channel keeps it mapped.
+    /// Spans without an owner, or descriptors, together with `ZERO_COPY` are refused
+    /// (`InvalidInput`) before anything is written; so is `ZERO_COPY` on a channel without
+    /// `WRITE_ZERO_COPY`, and descriptors on one without `FD_PASS` (`Unsupported`).
+    fn writev(
+        &mut self,
+        iov: &[Span<'_>],
+        fds: &[BorrowedFd<'_>],
+        flags: WriteFlags,
+    ) -> io::Result<usize>;
+
+    /// Reads some bytes into `iov`; 0 is the end of the stream. Descriptors that came along are
+    /// appended to `fds`.
+    fn readv(&mut self, iov: &[SpanMut<'_>], fds: &mut Vec<OwnedFd>) -> io::Result<usize>;
+
+    /// Waits up to `timeout` for something to read (or the end of the stream); says whether there is.
+    /// Not bounded by the stall timeout: the caller decides what an idle peer means.
+    fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool>;
+
+    /// Returns once every lent Span is back: from here on the kernel reads none of our pages.
+    fn flush(&mut self) -> io::Result<Flush> {
+        Ok(Flush::NOTHING_OWED)
+    }
+
+    /// Ends the channel, or one direction of it.
+    fn shutdown(&mut self, how: Shutdown) -> io::Result<()>;
+
+    /// Bytes accepted from us that the peer's kernel has not confirmed, where that can be known. A
+    /// falling number is progress on a slow link.
+    fn queued_bytes(&self) -> Option<u64> {
+        None
+    }
+}

@@ -1,0 +1,14 @@
+//! memferry moves live memory between hosts.
+//!
+//! A sender splits memory Regions into several streams, lends the pages to the kernel with the
+//! zero-copy flag, and flushes at every iteration boundary, so that no page is reused before the
+//! kernel is done with it; a receiver puts the Regions together again, bit for bit.
+//!
+//! `docs/architecture.md` has the map: which file does what, and what each layer must not know.
+
+pub mod channel;
+pub mod limits;
+pub mod name;
+pub mod pages;
+pub mod region;
+pub mod sys;

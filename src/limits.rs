@@ -1,0 +1,73 @@
+//! Every bound in one place, and how the bounds relate.
+//!
+//! A number that arrives from a peer or a client is compared with one of these before it is used to
+//! index, to allocate or to compute.
+
+/// Unit in which pages are counted on the wire and in every page set, in bytes. A Region on larger
+/// pages keeps its own granularity for tracking; each of its pages is a run of these.
+pub const PAGE_BYTES: u64 = 4096;
+
+/// Payload covered by one checksum, in bytes, aligned in the Region. Small enough to be read, hashed
+/// and checksummed inside a core's first-level caches, large enough that a checksum costs no space.
+pub const BLOCK_BYTES: u64 = 64 * 1024;
+
+/// Pages in one checksum block.
+pub const BLOCK_PAGES: u64 = BLOCK_BYTES / PAGE_BYTES;
+
+/// Largest span of a Region that one packet may cover, in bytes.
+pub const PACKET_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Smallest configurable packet, in bytes.
+pub const PACKET_BYTES_MIN: u64 = BLOCK_BYTES;
+
+/// Default packet, in bytes.
+pub const PACKET_BYTES_DEFAULT: u64 = 1024 * 1024;
+
+/// Largest number of pages one packet may cover.
+pub const PACKET_PAGES_MAX: u64 = PACKET_BYTES_MAX / PAGE_BYTES;
+
+/// Largest number of extents in one packet: at worst every page differs in kind from its neighbour.
+pub const PACKET_EXTENTS_MAX: u64 = PACKET_PAGES_MAX;
+
+/// Largest number of checksum blocks in one packet: at worst every page is a block of its own.
+pub const PACKET_BLOCKS_MAX: u64 = PACKET_PAGES_MAX;
+
+/// Default bound on bytes sent but not acknowledged as applied, per stream.
+pub const WINDOW_BYTES_DEFAULT: u64 = 16 * 1024 * 1024;
+
+/// Largest window a sender may ask for, per stream.
+pub const WINDOW_BYTES_MAX: u64 = 1024 * 1024 * 1024;
+
+/// Streams per attempt.
+pub const STREAMS_MAX: u16 = 256;
+
+/// Regions per attempt.
+pub const REGIONS_MAX: usize = 4096;
+
+/// Longest Region, in bytes (16 TiB), unless the receiver's configuration says less.
+pub const REGION_BYTES_MAX: u64 = 16 << 40;
+
+/// Longest Region name or attempt id, in bytes.
+pub const NAME_BYTES_MAX: usize = 128;
+
+/// Largest body of one message of the peer conversation, in bytes.
+pub const MESSAGE_BYTES_MAX: u32 = 8 * 1024 * 1024;
+
+/// Largest request on the control socket, in bytes.
+pub const CONTROL_REQUEST_BYTES_MAX: usize = 1024 * 1024;
+
+/// Largest answer on the control socket, in bytes: `qemu.qmp` stops reading a line at 10 MiB.
+pub const CONTROL_ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Descriptors one control connection may hold by name.
+pub const CONTROL_FDS_MAX: usize = 1024;
+
+/// Spans handed to one system call: the kernel's `UIO_MAXIOV`.
+pub const IOV_MAX: usize = 1024;
+
+const _: () = assert!(BLOCK_BYTES.is_multiple_of(PAGE_BYTES)); // a block never splits a page
+const _: () = assert!(PACKET_BYTES_MAX.is_multiple_of(BLOCK_BYTES)); // a packet never splits a block
+const _: () =
+    assert!(PACKET_BYTES_DEFAULT <= PACKET_BYTES_MAX && PACKET_BYTES_DEFAULT >= PACKET_BYTES_MIN);
+const _: () = assert!(WINDOW_BYTES_DEFAULT >= PACKET_BYTES_MAX); // one packet always fits the default window
+const _: () = assert!(PACKET_BYTES_MAX <= u32::MAX as u64); // the header's payload length is 32 bits

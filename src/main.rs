@@ -1,0 +1,3 @@
+//! The `memferry` binary.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Ranges and sets of pages. Pure values.

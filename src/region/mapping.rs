@@ -1,0 +1,264 @@
+//! A shared mapping, and raw spans of it.
+//!
+//! Another process writes these pages while we hold them, so no `&[u8]` over a mapping ever exists
+//! (rule 10): a [`Span`] is an address, a length and the owner that keeps the mapping alive.
+#![allow(unsafe_code)] // The one place that maps and unmaps memory.
+
+use std::ffi::c_void;
+use std::io;
+use std::marker::PhantomData;
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+/// What the mapping is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// A source: the kernel reads it, we never write it.
+    Read,
+    /// A destination: the kernel places payload into it.
+    Write,
+}
+
+/// A `MAP_SHARED` mapping of a file from its start. Unmapped when the last `Arc` goes.
+#[derive(Debug)]
+pub struct Mapping {
+    base: NonNull<c_void>,
+    len: usize,
+    access: Access,
+}
+
+// SAFETY: a Mapping is an address range with no thread affinity; everything that reads or writes
+// through it goes by raw pointers and the kernel, which never assume exclusive access.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; `&Mapping` gives out addresses, never references to the bytes.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps the first `len` bytes of `file`. A length of 0 maps nothing and is allowed.
+    pub fn new(file: impl AsFd, len: usize, access: Access) -> io::Result<Arc<Self>> {
+        let Some(nonzero) = NonZeroUsize::new(len) else {
+            return Ok(Arc::new(Self {
+                base: NonNull::dangling(),
+                len: 0,
+                access,
+            }));
+        };
+        let prot = match access {
+            Access::Read => ProtFlags::PROT_READ,
+            Access::Write => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+        };
+        // SAFETY: the kernel chooses the address, so no existing mapping is replaced; the result is
+        // owned by the returned value alone.
+        let base = unsafe { mmap(None, nonzero, prot, MapFlags::MAP_SHARED, file, 0)? };
+        Ok(Arc::new(Self { base, len, access }))
+    }
+
+    /// Mapped bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is mapped.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The bytes `offset..offset + len`, to be read by the kernel. `None` if that is not all inside.
+    #[must_use]
+    pub fn span(self: &Arc<Self>, offset: usize, len: usize) -> Option<Span<'_>> {
+        let end = offset.checked_add(len)?;
+        if end > self.len {
+            return None;
+        }
+        // SAFETY: `offset <= self.len`, checked above, so the address stays inside the mapping or one
+        // past its end.
+        let base = unsafe { self.base.cast::<u8>().as_ptr().add(offset) };
+        Some(Span {
+            base,
+            len,
+            owner: Some(self),
+            slice: PhantomData,
+        })
+    }
+
+    /// The bytes `offset..offset + len`, to be written by the kernel. `None` if that is not all inside,
+    /// or if the mapping is only for reading.
+    #[must_use]
+    pub fn span_mut(self: &Arc<Self>, offset: usize, len: usize) -> Option<SpanMut<'_>> {
+        if self.access != Access::Write {
+            return None;
+        }
+        let span = self.span(offset, len)?;
+        Some(SpanMut {
+            base: span.base.cast_mut(),
+            len,
+            slice: PhantomData,
+        })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: `base` and `len` are what `mmap` returned in `new`, and this is the last owner:
+            // whoever lends a Span to the kernel holds an `Arc` until the kernel has released it.
+            // An error could only mean a wrong range, which `new` excludes.
+            let _ = unsafe { munmap(self.base, self.len) };
+        }
+    }
+}
+
+/// A run of bytes that a channel may read: part of a [`Mapping`], or a borrowed slice.
+///
+/// Only a Span of a mapping can be lent (`WriteFlags::ZERO_COPY`), since only it names an owner that
+/// can outlive the call.
+#[derive(Debug, Clone, Copy)]
+pub struct Span<'a> {
+    base: *const u8,
+    len: usize,
+    owner: Option<&'a Arc<Mapping>>,
+    slice: PhantomData<&'a [u8]>,
+}
+
+impl<'a> Span<'a> {
+    /// A span over ordinary memory, for headers and tests.
+    #[must_use]
+    pub fn of_slice(bytes: &'a [u8]) -> Self {
+        Self {
+            base: bytes.as_ptr(),
+            len: bytes.len(),
+            owner: None,
+            slice: PhantomData,
+        }
+    }
+
+    /// First byte. Valid for reads of `len` bytes as long as the owner lives.
+    #[must_use]
+    pub fn base(&self) -> *const u8 {
+        self.base
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is nothing in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// What keeps the bytes mapped, if they are part of a mapping.
+    #[must_use]
+    pub fn owner(&self) -> Option<&'a Arc<Mapping>> {
+        self.owner
+    }
+
+    /// The same span without its first `n` bytes; empty if `n` is more than there are.
+    #[must_use]
+    pub fn skip(self, n: usize) -> Self {
+        let n = n.min(self.len);
+        // SAFETY: `n <= self.len`, so the address stays inside the span or one past its end.
+        Self {
+            base: unsafe { self.base.add(n) },
+            len: self.len - n,
+            ..self
+        }
+    }
+
+    /// The same span cut to at most its first `n` bytes.
+    #[must_use]
+    pub fn take(self, n: usize) -> Self {
+        Self {
+            len: self.len.min(n),
+            ..self
+        }
+    }
+}
+
+/// A run of bytes that a channel may fill: part of a writable [`Mapping`], or a borrowed slice.
+#[derive(Debug)]
+pub struct SpanMut<'a> {
+    base: *mut u8,
+    len: usize,
+    slice: PhantomData<&'a mut [u8]>,
+}
+
+impl<'a> SpanMut<'a> {
+    /// A span over ordinary memory, for headers and tests.
+    #[must_use]
+    pub fn of_slice(bytes: &'a mut [u8]) -> Self {
+        Self {
+            base: bytes.as_mut_ptr(),
+            len: bytes.len(),
+            slice: PhantomData,
+        }
+    }
+
+    /// First byte. Valid for writes of `len` bytes as long as the borrow lives.
+    #[must_use]
+    pub fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is nothing in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Drops the first `n` bytes from the span; all of it if `n` is more than there are.
+    pub fn advance(&mut self, n: usize) {
+        let n = n.min(self.len);
+        // SAFETY: `n <= self.len`, so the address stays inside the span or one past its end.
+        self.base = unsafe { self.base.add(n) };
+        self.len -= n;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(len: usize, access: Access) -> Arc<Mapping> {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len as u64).unwrap();
+        Mapping::new(&file, len, access).unwrap()
+    }
+
+    #[test]
+    fn spans_never_leave_the_mapping() {
+        let mapping = mapping(8192, Access::Read);
+        assert!(mapping.span(0, 8192).is_some());
+        assert!(mapping.span(8192, 0).is_some());
+        assert!(mapping.span(1, 8192).is_none());
+        assert!(mapping.span(usize::MAX, 2).is_none());
+    }
+
+    #[test]
+    fn a_source_gives_no_writable_span() {
+        assert!(mapping(4096, Access::Read).span_mut(0, 1).is_none());
+        assert!(mapping(4096, Access::Write).span_mut(0, 1).is_some());
+    }
+
+    #[test]
+    fn an_empty_mapping_is_allowed() {
+        let mapping = mapping(0, Access::Read);
+        assert!(mapping.is_empty());
+        assert!(mapping.span(0, 0).is_some_and(|span| span.is_empty()));
+    }
+}

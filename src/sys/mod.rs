@@ -1,0 +1,7 @@
+//! The unsafe edge towards the kernel: system calls that nix has no safe form for.
+//!
+//! Each file wraps one group of calls in functions that are safe to call; nothing here decides
+//! anything. Policy lives in the callers.
+
+pub mod msg;
+pub mod wake;

@@ -1,0 +1,1 @@
+//! `sendmsg` and `recvmsg` over raw spans, and the socket error queue.
