@@ -167,8 +167,9 @@ impl<'a> Span<'a> {
     pub fn skip(self, n: usize) -> Self {
         let n = n.min(self.len);
         // SAFETY: `n <= self.len`, so the address stays inside the span or one past its end.
+        let base = unsafe { self.base.add(n) };
         Self {
-            base: unsafe { self.base.add(n) },
+            base,
             len: self.len - n,
             ..self
         }
