@@ -12,3 +12,4 @@ pub mod name;
 pub mod pages;
 pub mod region;
 pub mod sys;
+pub mod wire;

@@ -69,6 +69,12 @@ impl Mapping {
         self.len == 0
     }
 
+    /// Where the mapping starts; `None` if nothing is mapped.
+    #[must_use]
+    pub fn address(&self) -> Option<NonNull<c_void>> {
+        (self.len > 0).then_some(self.base)
+    }
+
     /// The bytes `offset..offset + len`, to be read by the kernel. `None` if that is not all inside.
     #[must_use]
     pub fn span(self: &Arc<Self>, offset: usize, len: usize) -> Option<Span<'_>> {

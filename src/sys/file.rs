@@ -1,0 +1,37 @@
+//! Calls on files that nix has no safe form for.
+#![allow(unsafe_code)] // `madvise` takes an address.
+
+use std::io;
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use nix::sys::mman::{MmapAdvise, madvise};
+use nix::unistd::{Whence, lseek64};
+
+use crate::region::Mapping;
+
+/// The next byte at or after `offset` that is (`data`) or is not allocated. `None`: there is none
+/// before the end. Moves the descriptor's file position, which nothing of ours uses.
+pub fn seek(file: impl AsFd, offset: u64, data: bool) -> io::Result<Option<u64>> {
+    let whence = if data {
+        Whence::SeekData
+    } else {
+        Whence::SeekHole
+    };
+    let start = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
+    match lseek64(file, start, whence) {
+        Ok(found) => Ok(Some(found.cast_unsigned())),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Asks for huge pages before anything is allocated. Best effort: a kernel without them, or a mount
+/// without `huge=advise`, says no or ignores it, and small pages do as well.
+pub fn advise_huge_pages(mapping: &Mapping) {
+    if let Some(base) = mapping.address() {
+        // SAFETY: the range is exactly the mapping's own, alive while it is borrowed, and the advice
+        // changes no content.
+        let _ = unsafe { madvise(base, mapping.len(), MmapAdvise::MADV_HUGEPAGE) };
+    }
+}

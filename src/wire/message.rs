@@ -1,0 +1,360 @@
+//! Messages of the peer conversation: a 16-byte frame header, then a JSON body.
+//!
+//! JSON because these are few, small, and read by people in captures; strict (`deny_unknown_fields`),
+//! because a peer that says something we do not know is of another version and said so in its
+//! preamble.
+
+use std::fmt;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use zerocopy::little_endian::U32;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::{WireError, check_crc, crc32c, seal};
+use crate::limits::MESSAGE_BYTES_MAX;
+use crate::name::Name;
+
+/// Length of a frame header.
+pub const FRAME_BYTES: usize = 16;
+const MAGIC: [u8; 4] = *b"MFcv";
+const FRAME: &str = "message header";
+const BODY: &str = "message";
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Raw {
+    magic: [u8; 4],
+    length: U32,
+    body_crc: U32,
+    crc: U32,
+}
+
+const _: () = assert!(size_of::<Raw>() == FRAME_BYTES);
+
+/// 128 random bits: an attempt's nonce, or the token that ties a stream to its conversation. Written
+/// as 32 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Hex128(pub [u8; 16]);
+
+/// Proves that a stream belongs to a conversation.
+pub type Token = Hex128;
+
+impl Hex128 {
+    /// Fresh random bits from the kernel.
+    pub fn random() -> std::io::Result<Self> {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).map_err(std::io::Error::from)?;
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for Hex128 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Hex128 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+impl TryFrom<String> for Hex128 {
+    type Error = &'static str;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        const RULE: &str = "expected 32 hexadecimal digits";
+        if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(RULE);
+        }
+        u128::from_str_radix(&text, 16)
+            .map(|n| Self(n.to_be_bytes()))
+            .map_err(|_| RULE)
+    }
+}
+
+impl From<Hex128> for String {
+    fn from(value: Hex128) -> Self {
+        value.to_string()
+    }
+}
+
+/// The kernel's `boot_id`: records under `/run` are only worth something on the boot they were
+/// written on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BootId(pub String);
+
+/// A Region as the sender describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct OfferedRegion {
+    /// Its name at the destination.
+    pub name: Name,
+    /// Its length in bytes.
+    pub length: u64,
+    /// Bytes of it that are allocated at the source; holes stay holes.
+    pub data_bytes: u64,
+    /// The page size of the source's memory, in bytes.
+    pub page_size: u64,
+}
+
+/// What the sender wants to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Offer {
+    /// The attempt's id, for people.
+    pub id: Name,
+    /// The attempt's identity: ownership belongs to it.
+    pub nonce: Hex128,
+    /// The boot the sender runs on.
+    pub boot_id: BootId,
+    /// Streams the sender will open.
+    pub streams: u16,
+    /// Whether payload carries checksums.
+    pub integrity: bool,
+    /// Bound on bytes sent but not acknowledged, per stream.
+    pub window: u64,
+    /// Longest silence before either side gives the other up, in ms.
+    pub stall_timeout_ms: u64,
+    /// Only ask whether this would be accepted.
+    pub dry_run: bool,
+    /// What is to be moved.
+    pub regions: Vec<OfferedRegion>,
+}
+
+/// What the sender put on one stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StreamTotals {
+    /// Packets, marks included.
+    pub packets: u64,
+    /// Payload bytes.
+    pub bytes: u64,
+}
+
+/// Messages from sender to receiver.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum FromSender {
+    /// Opens an attempt.
+    Offer(Offer),
+    /// Everything was sent, the source is frozen: is all of it there?
+    Prepare {
+        /// What each stream carried, by stream number.
+        streams: Vec<StreamTotals>,
+    },
+    /// The receiver is to take the Regions over. Sent after it was recorded durably.
+    Commit {
+        /// The attempt.
+        nonce: Hex128,
+    },
+    /// The attempt is over.
+    Abort {
+        /// Stable code.
+        code: String,
+        /// For people.
+        desc: String,
+    },
+    /// Opens a conversation that only asks who owns an attempt's Regions.
+    Inquire {
+        /// The attempt.
+        nonce: Hex128,
+        /// The receiver's boot as it was when the attempt was agreed.
+        boot_id: BootId,
+    },
+    /// Heartbeat.
+    Alive {},
+}
+
+/// Who owns the Regions of an attempt, as the receiver knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Owner {
+    /// The receiver: it holds the commit record.
+    Destination,
+    /// Not the receiver, and it never will be: the nonce is refused for ever.
+    Source,
+    /// The receiver runs on another boot and cannot know; only the operator can.
+    Unknown,
+}
+
+/// Messages from receiver to sender.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum FromReceiver {
+    /// The offer is accepted; streams may connect with this token.
+    Accept {
+        /// For the streams' preambles.
+        token: Token,
+        /// The epoch of the connections to come.
+        epoch: u32,
+        /// The boot the receiver runs on: part of the agreement.
+        boot_id: BootId,
+    },
+    /// The offer, or what came later, is refused; the attempt is over.
+    Refuse {
+        /// Stable code.
+        code: String,
+        /// For people.
+        desc: String,
+    },
+    /// Everything is there and intact; a commit would be honoured.
+    Prepared {},
+    /// The Regions are the receiver's.
+    Committed {},
+    /// The answer to an inquiry.
+    Owner {
+        /// Who.
+        owner: Owner,
+    },
+    /// Heartbeat.
+    Alive {},
+}
+
+/// The header before a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// Length of the body in bytes.
+    pub length: usize,
+    body_crc: u32,
+}
+
+impl FrameHeader {
+    /// A message with its header, ready to be written.
+    #[must_use]
+    pub fn frame(message: &impl Serialize) -> Vec<u8> {
+        let body = serde_json::to_vec(message).expect("messages hold only strings and numbers");
+        let raw = Raw {
+            magic: MAGIC,
+            length: u32::try_from(body.len())
+                .expect("limits keep messages small")
+                .into(),
+            body_crc: crc32c(&body).into(),
+            crc: 0.into(),
+        };
+        let mut frame: Vec<u8> = raw.as_bytes().to_vec();
+        seal(&mut frame);
+        frame.extend_from_slice(&body);
+        frame
+    }
+
+    /// Reads a header and checks the length against its limit.
+    pub fn decode(bytes: &[u8; FRAME_BYTES]) -> Result<Self, WireError> {
+        let raw: Raw = zerocopy::transmute!(*bytes);
+        if raw.magic != MAGIC {
+            let found = u32::from_be_bytes(raw.magic);
+            return Err(WireError::illegal(
+                FRAME,
+                "magic",
+                found,
+                "expected \"MFcv\"",
+            ));
+        }
+        check_crc(FRAME, bytes)?;
+        let length = raw.length.get();
+        if length > MESSAGE_BYTES_MAX {
+            return Err(WireError::illegal(
+                FRAME,
+                "length",
+                length,
+                "expected at most 8 MiB",
+            ));
+        }
+        Ok(Self {
+            length: length as usize,
+            body_crc: raw.body_crc.get(),
+        })
+    }
+
+    /// Reads the body that follows this header.
+    pub fn body<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T, WireError> {
+        let found = crc32c(body);
+        if found != self.body_crc {
+            return Err(WireError::Damaged {
+                frame: BODY,
+                expected: self.body_crc,
+                found,
+            });
+        }
+        serde_json::from_slice(body).map_err(|error| {
+            WireError::illegal(
+                BODY,
+                "column",
+                error.column() as u64,
+                "the JSON is not a message of this version",
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_bytes_of_a_message() {
+        let frame = FrameHeader::frame(&FromSender::Commit {
+            nonce: Hex128([0xab; 16]),
+        });
+        let body = br#"{"type":"commit","nonce":"abababababababababababababababab"}"#;
+        assert_eq!(&frame[..8], b"MFcv\x3c\0\0\0");
+        assert_eq!(frame[8..12], crc32c(body).to_le_bytes());
+        assert_eq!(&frame[16..], body);
+        let header = FrameHeader::decode(frame[..16].try_into().unwrap()).unwrap();
+        assert_eq!(
+            header.body::<FromSender>(&frame[16..]),
+            Ok(FromSender::Commit {
+                nonce: Hex128([0xab; 16])
+            })
+        );
+    }
+
+    #[test]
+    fn heartbeats_and_answers_have_their_documented_form() {
+        let text = |message: &FromReceiver| serde_json::to_string(message).unwrap();
+        assert_eq!(text(&FromReceiver::Alive {}), r#"{"type":"alive"}"#);
+        assert_eq!(text(&FromReceiver::Prepared {}), r#"{"type":"prepared"}"#);
+        assert_eq!(
+            text(&FromReceiver::Owner {
+                owner: Owner::Destination
+            }),
+            r#"{"type":"owner","owner":"destination"}"#
+        );
+    }
+
+    #[test]
+    fn an_oversized_or_damaged_message_is_refused_before_its_body_is_read() {
+        let mut raw = Raw {
+            magic: MAGIC,
+            length: u32::MAX.into(),
+            body_crc: 0.into(),
+            crc: 0.into(),
+        };
+        seal(raw.as_mut_bytes());
+        let bytes = raw.as_bytes().try_into().unwrap();
+        assert!(matches!(
+            FrameHeader::decode(bytes),
+            Err(WireError::Illegal {
+                field: "length",
+                ..
+            })
+        ));
+        raw.length = 5.into();
+        let bytes = raw.as_bytes().try_into().unwrap();
+        assert!(matches!(
+            FrameHeader::decode(bytes),
+            Err(WireError::Damaged { .. })
+        ));
+    }
+
+    #[test]
+    fn names_from_the_wire_are_checked() {
+        let offer = r#"{"name":"../x","length":1,"data-bytes":1,"page-size":4096}"#;
+        assert!(serde_json::from_str::<OfferedRegion>(offer).is_err());
+        let unknown = r#"{"type":"alive","extra":1}"#;
+        assert!(serde_json::from_str::<FromSender>(unknown).is_err());
+    }
+}
