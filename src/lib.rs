@@ -6,10 +6,14 @@
 //!
 //! `docs/architecture.md` has the map: which file does what, and what each layer must not know.
 
+pub mod assembly;
 pub mod channel;
+pub mod dirty;
+pub mod iteration;
 pub mod limits;
 pub mod name;
 pub mod pages;
 pub mod region;
+pub mod stats;
 pub mod sys;
 pub mod wire;

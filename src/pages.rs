@@ -5,6 +5,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use zerocopy::FromZeros;
+
 use crate::limits::PAGE_BYTES;
 
 const WORD_PAGES: u64 = u64::BITS as u64;
@@ -212,16 +214,14 @@ pub struct SharedPageSet {
 }
 
 impl SharedPageSet {
-    /// An empty set over a Region of `pages` pages.
+    /// An empty set over a Region of `pages` pages. Its memory is allocated as it is written.
     #[must_use]
     pub fn empty(pages: u64) -> Self {
         let count = index(pages.div_ceil(WORD_PAGES));
-        Self {
-            pages,
-            words: std::iter::repeat_with(AtomicU64::default)
-                .take(count)
-                .collect(),
-        }
+        // Running out of address space for a bit per page is not an error a caller could handle.
+        let words =
+            AtomicU64::new_vec_zeroed(count).expect("a bit per page fits the address space");
+        Self { pages, words }
     }
 
     /// Adds a range, which lies inside the Region. Ordered before whatever hands the set's owner the

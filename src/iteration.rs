@@ -1,0 +1,302 @@
+//! What one Iteration sends, cut into pieces; and whether there should be another one.
+//!
+//! Pure: no socket, no thread of its own, no clock. Streams pull pieces from the plan, so a slow
+//! stream simply takes fewer; the plan itself never waits.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::limits::{BLOCK_PAGES, PACKET_EXTENTS_MAX, PAGE_BYTES};
+use crate::pages::PageRange;
+
+/// Why a run is in the plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// The receiver does not have it: it is sent whatever it holds.
+    Owed,
+    /// It may have been written: it is read, and sent if its fingerprint has changed.
+    Inspect,
+    /// It is owed and not allocated: it is sent as a hole, without being read.
+    Hole,
+}
+
+/// A run of pages of one Region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Index of the Region in the attempt.
+    pub region: u32,
+    /// The pages.
+    pub range: PageRange,
+    /// Why.
+    pub look: Look,
+}
+
+/// Runs of one Region that make at most one packet.
+#[derive(Debug, Default)]
+pub struct Piece {
+    /// Index of the Region in the attempt.
+    pub region: u32,
+    /// The pages in ascending order.
+    pub runs: Vec<(PageRange, Look)>,
+}
+
+/// All pages that one Iteration looks at, handed out piece by piece.
+#[derive(Debug)]
+pub struct Plan {
+    iteration: u32,
+    packet_pages: u64,
+    runs: Vec<Run>,
+    cursor: Mutex<Cursor>,
+}
+
+#[derive(Debug, Default)]
+struct Cursor {
+    run: usize,
+    /// Pages of that run that were handed out.
+    done: u64,
+}
+
+impl Plan {
+    /// A plan over `runs`, grouped by Region and ascending within it, in pieces of at most
+    /// `packet_bytes` of pages that may become payload.
+    #[must_use]
+    pub fn new(iteration: u32, packet_bytes: u64, runs: Vec<Run>) -> Self {
+        let packet_pages = packet_bytes / PAGE_BYTES;
+        assert!(
+            packet_pages >= BLOCK_PAGES,
+            "a packet holds at least one block"
+        );
+        Self {
+            iteration,
+            packet_pages,
+            runs,
+            cursor: Mutex::default(),
+        }
+    }
+
+    /// The Iteration's number, from 1.
+    #[must_use]
+    pub fn iteration(&self) -> u32 {
+        self.iteration
+    }
+
+    /// Pages that are certainly owed.
+    #[must_use]
+    pub fn owed_pages(&self) -> u64 {
+        self.runs
+            .iter()
+            .filter(|run| run.look != Look::Inspect)
+            .map(|run| run.range.count)
+            .sum()
+    }
+
+    /// Fills `piece` with the next one; says whether there was one. Any thread may ask.
+    pub fn next(&self, piece: &mut Piece) -> bool {
+        // A panic elsewhere cannot leave the cursor half moved: it is two integers set at the end.
+        let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
+        piece.runs.clear();
+        let (mut at, mut done, mut room) = (cursor.run, cursor.done, self.packet_pages);
+        while let Some(run) = self.runs.get(at) {
+            let full = piece.runs.len() as u64 == PACKET_EXTENTS_MAX / 4 || room == 0;
+            if full || (!piece.runs.is_empty() && piece.region != run.region) {
+                break;
+            }
+            piece.region = run.region;
+            let left = PageRange {
+                first: run.range.first + done,
+                count: run.range.count - done,
+            };
+            let taken = match run.look {
+                Look::Hole => left.count.min(u64::from(u32::MAX)),
+                Look::Owed | Look::Inspect => cut(left, room),
+            };
+            if taken == 0 {
+                break;
+            }
+            piece.runs.push((
+                PageRange {
+                    first: left.first,
+                    count: taken,
+                },
+                run.look,
+            ));
+            if run.look != Look::Hole {
+                room -= taken;
+            }
+            done += taken;
+            if done == run.range.count {
+                (at, done) = (at + 1, 0);
+            }
+        }
+        *cursor = Cursor { run: at, done };
+        !piece.runs.is_empty()
+    }
+}
+
+/// How much of `left` fits into `room` pages, ending where a block ends unless the run ends first: a
+/// block cut in two would cost two checksums and two short copies.
+fn cut(left: PageRange, room: u64) -> u64 {
+    if left.count <= room {
+        return left.count;
+    }
+    let aligned_end = (left.first + room) / BLOCK_PAGES * BLOCK_PAGES;
+    aligned_end.saturating_sub(left.first)
+}
+
+/// What is known when an Iteration has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct State {
+    /// Iterations so far.
+    pub iterations: u32,
+    /// Bytes owed now, or the best estimate of them.
+    pub remaining_bytes: u64,
+    /// Bytes of memory that the last Iteration must read before it knows what to send (`scan`).
+    pub inspect_bytes: u64,
+    /// Payload bytes per second, as measured.
+    pub bytes_per_second: u64,
+    /// Bytes read and compared per second, as measured.
+    pub inspect_bytes_per_second: u64,
+}
+
+/// What to do after an Iteration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Another Iteration.
+    Iterate,
+    /// Little enough is left: freeze and send the rest.
+    Freeze,
+    /// The Iterations are used up.
+    NotConverging,
+}
+
+impl State {
+    /// How long the writer would stand still if it were frozen now: reading what has to be inspected
+    /// and sending what is owed.
+    #[must_use]
+    pub fn expected_downtime(&self) -> Duration {
+        seconds(self.remaining_bytes, self.bytes_per_second)
+            + seconds(self.inspect_bytes, self.inspect_bytes_per_second)
+    }
+
+    /// Whether to go on. `scan` must read everything once more whatever happens, so that part of the
+    /// downtime cannot be iterated away: what is compared with the limit is the part that can.
+    #[must_use]
+    pub fn next(&self, downtime_limit: Duration, max_iterations: u32) -> Next {
+        if seconds(self.remaining_bytes, self.bytes_per_second) <= downtime_limit {
+            Next::Freeze
+        } else if self.iterations >= max_iterations {
+            Next::NotConverging
+        } else {
+            Next::Iterate
+        }
+    }
+}
+
+/// How long `bytes` take; a rate that could not be measured counts as 1 byte per second, so that
+/// nothing divides by zero and nothing is believed to be fast.
+fn seconds(bytes: u64, per_second: u64) -> Duration {
+    #[expect(clippy::cast_precision_loss)] // an estimate
+    let seconds = bytes as f64 / per_second.max(1) as f64;
+    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX / 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::limits::PACKET_BYTES_MIN;
+
+    fn run(region: u32, first: u64, count: u64, look: Look) -> Run {
+        Run {
+            region,
+            range: PageRange { first, count },
+            look,
+        }
+    }
+
+    #[test]
+    fn scattered_pages_share_a_packet_and_regions_do_not() {
+        let runs = vec![
+            run(0, 1, 1, Look::Owed),
+            run(0, 9, 2, Look::Inspect),
+            run(1, 0, 1, Look::Owed),
+        ];
+        let plan = Plan::new(1, 1 << 20, runs);
+        let mut piece = Piece::default();
+        assert!(plan.next(&mut piece));
+        assert_eq!((piece.region, piece.runs.len()), (0, 2));
+        assert!(plan.next(&mut piece));
+        assert_eq!((piece.region, piece.runs.len()), (1, 1));
+        assert!(!plan.next(&mut piece));
+    }
+
+    #[test]
+    fn a_hole_of_any_size_is_one_run() {
+        let plan = Plan::new(1, PACKET_BYTES_MIN, vec![run(0, 0, 1 << 31, Look::Hole)]);
+        let mut piece = Piece::default();
+        assert!(plan.next(&mut piece));
+        assert_eq!(
+            piece.runs,
+            [(
+                PageRange {
+                    first: 0,
+                    count: 1 << 31
+                },
+                Look::Hole
+            )]
+        );
+        assert!(!plan.next(&mut piece));
+    }
+
+    proptest! {
+        #[test]
+        fn every_page_is_handed_out_once_and_no_piece_is_too_large(
+            gaps in prop::collection::vec((0u64..40, 1u64..200, 0u8..3), 1..40),
+            packet_blocks in 1u64..8,
+        ) {
+            let mut first = 0;
+            let mut runs = Vec::new();
+            for (gap, count, look) in gaps {
+                first += gap;
+                let look = [Look::Owed, Look::Inspect, Look::Hole][usize::from(look)];
+                runs.push(run(0, first, count, look));
+                first += count;
+            }
+            let packet_pages = packet_blocks * BLOCK_PAGES;
+            let plan = Plan::new(1, packet_pages * PAGE_BYTES, runs.clone());
+            let mut handed = Vec::new();
+            let mut piece = Piece::default();
+            while plan.next(&mut piece) {
+                let payload: u64 = piece.runs.iter().filter(|r| r.1 != Look::Hole).map(|r| r.0.count).sum();
+                prop_assert!(payload <= packet_pages);
+                handed.extend(piece.runs.iter().copied());
+            }
+            let pages = |runs: Vec<(PageRange, Look)>| -> Vec<(u64, Look)> {
+                runs.into_iter().flat_map(|(r, look)| (r.first..r.end()).map(move |p| (p, look))).collect()
+            };
+            prop_assert_eq!(pages(handed), pages(runs.iter().map(|r| (r.range, r.look)).collect()));
+        }
+    }
+
+    #[test]
+    fn it_freezes_when_the_rest_fits_the_limit_and_gives_up_when_passes_are_used_up() {
+        let state = |remaining_bytes, iterations| State {
+            iterations,
+            remaining_bytes,
+            inspect_bytes: 0,
+            bytes_per_second: 1_000_000_000,
+            inspect_bytes_per_second: 1,
+        };
+        let limit = Duration::from_millis(300);
+        assert_eq!(state(300_000_000, 1).next(limit, 30), Next::Freeze);
+        assert_eq!(state(300_000_001, 1).next(limit, 30), Next::Iterate);
+        assert_eq!(state(300_000_001, 30).next(limit, 30), Next::NotConverging);
+        assert_eq!(state(0, 1).next(Duration::ZERO, 1), Next::Freeze);
+        let unmeasured = State {
+            bytes_per_second: 0,
+            ..state(u64::MAX, 1)
+        };
+        assert_eq!(unmeasured.next(limit, 30), Next::Iterate);
+    }
+}

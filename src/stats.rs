@@ -1,0 +1,78 @@
+//! Counters, counted where things happen (rule 8), and read at any time.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// The number now.
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// How a stream's payload leaves.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ActivePath {
+    /// `msg-zerocopy` or `plain`; empty before the first packet.
+    pub path: &'static str,
+    /// Why it is not what was asked for, or why the kernel copies; empty if there is nothing to say.
+    pub reason: String,
+}
+
+/// What one sending stream has done.
+#[derive(Debug, Default)]
+pub struct StreamStats {
+    /// Bytes put on the stream: headers, tables and payload, re-sends included.
+    pub transferred: Counter,
+    /// Pages sent as payload.
+    pub normal_pages: Counter,
+    /// Payload bytes.
+    pub normal_bytes: Counter,
+    /// Pages sent as zeros or holes, without payload.
+    pub duplicate_pages: Counter,
+    /// Bytes of memory that were read to be sent or compared.
+    pub read_bytes: Counter,
+    /// Bytes that the receiver has acknowledged, holes included.
+    pub settled_bytes: Counter,
+    /// Pages that arrived torn, and are sent again.
+    pub torn_pages: Counter,
+    /// Zero-copy sends whose memory came back.
+    pub zero_copy_sends: Counter,
+    /// Those of them that the kernel copied after all.
+    pub zero_copy_copied: Counter,
+    /// Iterations in which there were zero-copy sends and the kernel copied every one.
+    pub missed_zero_copy: Counter,
+    /// How payload leaves.
+    pub path: Mutex<ActivePath>,
+}
+
+impl StreamStats {
+    /// Sets how payload leaves.
+    pub fn set_path(&self, path: &'static str, reason: impl Into<String>) {
+        let mut active = self.path.lock().unwrap_or_else(PoisonError::into_inner);
+        *active = ActivePath {
+            path,
+            reason: reason.into(),
+        };
+    }
+
+    /// How payload leaves.
+    #[must_use]
+    pub fn path(&self) -> ActivePath {
+        self.path
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
