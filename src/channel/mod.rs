@@ -6,6 +6,8 @@
 //! The rule this module keeps (rule 1): between lending a Span and the `flush` that covers it, the
 //! memory stays mapped. *When* to flush is the stream's business.
 
+pub mod ledger;
+
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
