@@ -6,6 +6,25 @@
 //! The rule this module keeps (rule 1): between lending a Span and the `flush` that covers it, the
 //! memory stays mapped. *When* to flush is the stream's business.
 
+mod buffer;
+mod command;
+#[cfg(test)]
+pub(crate) mod fake;
+mod file;
+pub mod ledger;
+mod loans;
+mod socket;
+#[cfg(test)]
+mod socket_tests;
+#[cfg(test)]
+pub(crate) mod suite;
+mod wait;
+
+pub use buffer::BufferChannel;
+pub use command::CommandChannel;
+pub use file::FileChannel;
+pub use socket::SocketChannel;
+
 use std::fmt;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -172,4 +191,135 @@ pub trait Channel: Send + fmt::Debug {
     fn queued_bytes(&self) -> Option<u64> {
         None
     }
+}
+
+/// Spans that a call after a short write is given: the rest of the one that was cut, and some more.
+const REST_SPANS: usize = 16;
+
+/// Writes all of `iov`, however many short writes that takes. With `ZERO_COPY` everything is *queued*
+/// when it returns, not sent. Does not allocate.
+///
+/// On an error some of it may have been written: the stream is then of no further use.
+pub fn writev_all<C: Channel + ?Sized>(
+    channel: &mut C,
+    iov: &[Span<'_>],
+    flags: WriteFlags,
+) -> io::Result<()> {
+    let mut rest = iov;
+    let mut done_bytes = 0; // of the first span in `rest`
+    while let Some(first) = rest.first() {
+        if first.len() == done_bytes {
+            rest = &rest[1..];
+            done_bytes = 0;
+            continue;
+        }
+        let written = if done_bytes == 0 {
+            channel.writev(rest, &[], flags)?
+        } else {
+            let mut some = [first.skip(done_bytes); REST_SPANS];
+            let count = rest.len().min(REST_SPANS);
+            some[1..count].copy_from_slice(&rest[1..count]);
+            channel.writev(&some[..count], &[], flags)?
+        };
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        done_bytes += written;
+        while let Some(first) = rest.first()
+            && done_bytes >= first.len()
+        {
+            done_bytes -= first.len();
+            rest = &rest[1..];
+        }
+    }
+    Ok(())
+}
+
+/// Fills all of `iov`, and says so; `false` is an end of the stream before the first byte. Descriptors
+/// that came along are appended to `fds`. The spans are advanced past what was read. Does not
+/// allocate.
+///
+/// An end of the stream in the middle is `UnexpectedEof`.
+pub fn read_exact_into<C: Channel + ?Sized>(
+    channel: &mut C,
+    iov: &mut [SpanMut<'_>],
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<bool> {
+    let mut rest = iov;
+    let mut total_bytes: usize = 0;
+    loop {
+        let full = rest.iter().take_while(|span| span.is_empty()).count();
+        rest = &mut rest[full..];
+        if rest.is_empty() {
+            return Ok(true);
+        }
+        let read = channel.readv(rest, fds)?;
+        if read == 0 && total_bytes == 0 {
+            return Ok(false);
+        }
+        if read == 0 {
+            let wanted: usize = rest.iter().map(SpanMut::len).sum();
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("the stream ended after {total_bytes} bytes, {wanted} before the end"),
+            ));
+        }
+        total_bytes += read;
+        let mut left = read;
+        for span in rest.iter_mut() {
+            let taken = left.min(span.len());
+            span.advance(taken);
+            left -= taken;
+            if left == 0 {
+                break;
+            }
+        }
+    }
+}
+
+/// The checks every kind makes before a write without `ZERO_COPY`.
+fn refuse_descriptors(features: Features, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    if fds.is_empty() || features.contains(Features::FD_PASS) {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::Unsupported,
+        "this channel cannot pass descriptors",
+    ))
+}
+
+/// The checks every kind makes before a write with `ZERO_COPY`.
+fn refuse_loan(features: Features, iov: &[Span<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    if !fds.is_empty() {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "descriptors cannot travel with a zero-copy write",
+        ));
+    }
+    if iov.iter().any(|span| span.owner().is_none()) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "memory without an owner cannot be lent to the kernel",
+        ));
+    }
+    if !features.contains(Features::WRITE_ZERO_COPY) {
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this channel has no zero copy",
+        ));
+    }
+    Ok(())
+}
+
+/// The checks of the kinds that have neither zero copy nor descriptors.
+fn refuse_all_but_plain(
+    features: Features,
+    iov: &[Span<'_>],
+    fds: &[BorrowedFd<'_>],
+    flags: WriteFlags,
+) -> io::Result<()> {
+    if flags.contains(WriteFlags::ZERO_COPY) {
+        return refuse_loan(features, iov, fds);
+    }
+    refuse_descriptors(features, fds)
 }
