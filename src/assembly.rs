@@ -117,7 +117,7 @@ impl Incoming {
     /// Whether some page of `range` ever had payload placed in it.
     #[must_use]
     pub fn was_written(&self, range: PageRange) -> bool {
-        (range.first..range.end()).any(|page| self.written.contains(page))
+        self.written.intersects(range)
     }
 }
 

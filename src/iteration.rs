@@ -6,7 +6,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::limits::{BLOCK_PAGES, PACKET_EXTENTS_MAX, PAGE_BYTES};
+use crate::limits::{BLOCK_PAGES, PAGE_BYTES, PIECE_RUNS_MAX};
 use crate::pages::PageRange;
 
 /// Why a run is in the plan.
@@ -97,7 +97,7 @@ impl Plan {
         piece.runs.clear();
         let (mut at, mut done, mut room) = (cursor.run, cursor.done, self.packet_pages);
         while let Some(run) = self.runs.get(at) {
-            let full = piece.runs.len() as u64 == PACKET_EXTENTS_MAX / 4 || room == 0;
+            let full = piece.runs.len() as u64 == PIECE_RUNS_MAX || room == 0;
             if full || (!piece.runs.is_empty() && piece.region != run.region) {
                 break;
             }

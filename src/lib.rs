@@ -15,5 +15,6 @@ pub mod name;
 pub mod pages;
 pub mod region;
 pub mod stats;
+pub mod stream;
 pub mod sys;
 pub mod wire;

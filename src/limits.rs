@@ -5,11 +5,17 @@
 
 /// Unit in which pages are counted on the wire and in every page set, in bytes. A Region on larger
 /// pages keeps its own granularity for tracking; each of its pages is a run of these.
-pub const PAGE_BYTES: u64 = 4096;
+pub const PAGE_BYTES: u64 = PAGE_LEN as u64;
+
+/// [`PAGE_BYTES`] as the length of a slice.
+pub const PAGE_LEN: usize = 4096;
 
 /// Payload covered by one checksum, in bytes, aligned in the Region. Small enough to be read, hashed
 /// and checksummed inside a core's first-level caches, large enough that a checksum costs no space.
-pub const BLOCK_BYTES: u64 = 64 * 1024;
+pub const BLOCK_BYTES: u64 = BLOCK_LEN as u64;
+
+/// [`BLOCK_BYTES`] as the length of a slice.
+pub const BLOCK_LEN: usize = 64 * 1024;
 
 /// Pages in one checksum block.
 pub const BLOCK_PAGES: u64 = BLOCK_BYTES / PAGE_BYTES;
@@ -26,8 +32,12 @@ pub const PACKET_BYTES_DEFAULT: u64 = 1024 * 1024;
 /// Largest number of pages one packet may cover.
 pub const PACKET_PAGES_MAX: u64 = PACKET_BYTES_MAX / PAGE_BYTES;
 
-/// Largest number of extents in one packet: at worst every page differs in kind from its neighbour.
-pub const PACKET_EXTENTS_MAX: u64 = PACKET_PAGES_MAX;
+/// Largest number of runs that a sender puts into one packet.
+pub const PIECE_RUNS_MAX: u64 = 1024;
+
+/// Largest number of extents in one packet: at worst every page with payload differs in kind from its
+/// neighbour, and every run is followed by a hole.
+pub const PACKET_EXTENTS_MAX: u64 = PACKET_PAGES_MAX + PIECE_RUNS_MAX;
 
 /// Largest number of checksum blocks in one packet: at worst every page is a block of its own.
 pub const PACKET_BLOCKS_MAX: u64 = PACKET_PAGES_MAX;
@@ -40,6 +50,10 @@ pub const WINDOW_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 
 /// Streams per attempt.
 pub const STREAMS_MAX: u16 = 256;
+
+/// Packets sent but not acknowledged, per stream. Acknowledgements of this many packets fit a socket's
+/// buffers, so that two sides that are both writing never wait for each other.
+pub const PACKETS_UNACKNOWLEDGED_MAX: usize = 256;
 
 /// Regions per attempt.
 pub const REGIONS_MAX: usize = 4096;

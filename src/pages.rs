@@ -241,13 +241,10 @@ impl SharedPageSet {
         }
     }
 
-    /// Whether `page` is in the set.
+    /// Whether some page of `range` is in the set.
     #[must_use]
-    pub fn contains(&self, page: u64) -> bool {
-        page < self.pages
-            && self.words[index(page / WORD_PAGES)].load(Ordering::Relaxed) >> (page % WORD_PAGES)
-                & 1
-                == 1
+    pub fn intersects(&self, range: PageRange) -> bool {
+        words(range).any(|(word, bits)| self.words[word].load(Ordering::Relaxed) & bits != 0)
     }
 
     /// How many pages are in the set.
@@ -315,9 +312,13 @@ mod tests {
             prop_assert_eq!(set.count(), model.len() as u64);
             prop_assert_eq!(shared.count(), model.len() as u64);
             prop_assert_eq!(set.is_empty(), model.is_empty());
+            for first in 0..pages {
+                let range = PageRange { first, count: (pages - first).min(70) };
+                let any = model.range(range.first..range.end()).next().is_some();
+                prop_assert_eq!(shared.intersects(range), any);
+            }
             for page in 0..pages + 2 {
                 prop_assert_eq!(set.contains(page), model.contains(&page));
-                prop_assert_eq!(shared.contains(page), model.contains(&page));
             }
         }
     }

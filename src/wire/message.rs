@@ -126,7 +126,7 @@ pub struct Offer {
 }
 
 /// What the sender put on one stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StreamTotals {
     /// Packets, marks included.

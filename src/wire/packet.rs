@@ -192,7 +192,7 @@ impl Header {
                     return illegal("region", region.into(), "more than any offer may have");
                 }
                 if extents == 0 || u64::from(extents) > PACKET_EXTENTS_MAX {
-                    return illegal("extents", extents.into(), "expected 1 to 4096");
+                    return illegal("extents", extents.into(), "expected 1 to 5120");
                 }
                 if u64::from(blocks) > PACKET_BLOCKS_MAX {
                     return illegal("blocks", blocks.into(), "expected at most 4096");
@@ -260,6 +260,20 @@ impl Table {
             return;
         }
         self.extents.push(Extent { range, kind });
+    }
+
+    /// Adds data pages that lie in one block, with their checksum. They join the run before only where
+    /// a block begins: the receiver cuts runs at those places, and nowhere else, to check them.
+    pub fn push_block(&mut self, range: PageRange, checksum: u32) {
+        self.checksums.push(checksum);
+        if range.first.is_multiple_of(BLOCK_PAGES) {
+            self.push(range, ExtentKind::Data);
+        } else {
+            self.extents.push(Extent {
+                range,
+                kind: ExtentKind::Data,
+            });
+        }
     }
 
     /// The runs that have payload.

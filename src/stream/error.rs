@@ -1,0 +1,92 @@
+//! Why a stream ended before its attempt did.
+
+use std::io;
+
+use crate::assembly::Violation;
+use crate::channel::Woken;
+use crate::region::RegionError;
+use crate::wire::WireError;
+
+/// Why a stream failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The attempt was ended from our side; not a failure of the stream.
+    #[error("ended from this side")]
+    Ended,
+    /// The peer closed the connection, or it broke.
+    #[error("stream {stream}: the connection was lost: {source}")]
+    Lost {
+        /// The stream.
+        stream: u16,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// No progress for the stall timeout.
+    #[error("stream {stream}: no progress for {seconds} s (stall-timeout): {waiting}")]
+    Stalled {
+        /// The stream.
+        stream: u16,
+        /// How long.
+        seconds: f32,
+        /// For what.
+        waiting: &'static str,
+    },
+    /// Bytes that are not the protocol.
+    #[error("stream {stream}: {source}")]
+    Wire {
+        /// The stream.
+        stream: u16,
+        /// What is wrong with them.
+        source: WireError,
+    },
+    /// The peer broke a rule.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// The memory of a Region failed us.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// The destination ran out of memory although it had promised enough.
+    #[error(
+        "no space is left for {origin}: the destination's memory was used by others since the start"
+    )]
+    NoSpace {
+        /// The file.
+        origin: String,
+    },
+}
+
+impl StreamError {
+    /// The stable code under which this error is reported.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Ended => "cancelled",
+            Self::Lost { .. } => "connection-lost",
+            Self::Stalled { .. } => "stalled",
+            Self::Wire { source, .. } => source.code(),
+            Self::Violation(_) => "protocol",
+            Self::Region(error) => error.code(),
+            Self::NoSpace { .. } => "no-space",
+        }
+    }
+
+    /// What a failed channel call means for `stream`, which was `waiting` for something.
+    pub(super) fn from_io(
+        stream: u16,
+        waiting: &'static str,
+        stall_seconds: f32,
+        source: io::Error,
+    ) -> Self {
+        if Woken::is(&source) {
+            Self::Ended
+        } else if source.kind() == io::ErrorKind::TimedOut {
+            Self::Stalled {
+                stream,
+                seconds: stall_seconds,
+                waiting,
+            }
+        } else {
+            Self::Lost { stream, source }
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! The receiving end: where a packet is placed.
+
+use std::io;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+
+use crate::assembly::{Assembly, Incoming};
+use crate::channel::{Channel, WriteFlags, read_exact_into, writev_all};
+use crate::limits::BLOCK_LEN;
+use crate::pages::PageRange;
+use crate::region::{Region, Span, SpanMut};
+use crate::stats::Counter;
+use crate::wire::{
+    Ack, DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Table, TornTable,
+    blocks, crc32c,
+};
+
+use super::StreamError;
+
+/// Memory that a Region arrives in.
+pub trait Destination: Send + Sync + std::fmt::Debug {
+    /// The memory, mapped for writing.
+    fn region(&self) -> &Region;
+
+    /// Makes `range` read as zeros, giving its memory back where that is possible. Called only for
+    /// ranges that had payload placed in them.
+    fn clear(&self, range: PageRange) -> io::Result<()>;
+}
+
+/// One stream of the receiver. Runs on a thread of its own.
+#[derive(Debug)]
+pub struct IncomingStream<D> {
+    index: u16,
+    channel: Box<dyn Channel>,
+    assembly: Arc<Assembly>,
+    destinations: Arc<[D]>,
+    integrity: bool,
+    stall_seconds: f32,
+    received: Arc<Counter>,
+    table: Table,
+    table_bytes: Vec<u8>,
+    torn: TornTable,
+    buffer: Box<[u8]>,
+}
+
+impl<D: Destination> IncomingStream<D> {
+    /// A stream over `channel`, whose preamble has been answered. `received` counts payload bytes.
+    #[must_use]
+    pub fn new(
+        index: u16,
+        channel: Box<dyn Channel>,
+        assembly: Arc<Assembly>,
+        destinations: Arc<[D]>,
+        integrity: bool,
+        stall_seconds: f32,
+        received: Arc<Counter>,
+    ) -> Self {
+        Self {
+            index,
+            channel,
+            assembly,
+            destinations,
+            integrity,
+            stall_seconds,
+            received,
+            table: Table::default(),
+            table_bytes: Vec::new(),
+            torn: TornTable::default(),
+            buffer: vec![0; BLOCK_LEN].into_boxed_slice(),
+        }
+    }
+
+    /// Places packets until the peer closes the stream between two of them (`Ok`) or something fails.
+    /// Whether an end was due is for the conversation to say: an end of file commits nothing.
+    pub fn run(&mut self) -> Result<(), StreamError> {
+        loop {
+            // Between packets silence is no stall: the sender may be scanning, or have nothing to
+            // send. Whether it is alive is told by the conversation's heartbeats.
+            while !self.wait_readable()? {}
+            let mut header = [0; HEADER_BYTES];
+            if !self.read(&mut [SpanMut::of_slice(&mut header)])? {
+                return Ok(());
+            }
+            let header = Header::decode(&header).map_err(|source| StreamError::Wire {
+                stream: self.index,
+                source,
+            })?;
+            self.torn.clear();
+            match header {
+                Header::Data(header) => self.place(&header)?,
+                Header::Mark(header) => self.end_iteration(&header)?,
+            }
+        }
+    }
+
+    fn end_iteration(&mut self, header: &MarkHeader) -> Result<(), StreamError> {
+        self.assembly.mark(self.index, header)?;
+        self.acknowledge(header.sequence, header.iteration)
+    }
+
+    /// Reads a packet straight into its place, and tells the sender what arrived torn.
+    fn place(&mut self, header: &DataHeader) -> Result<(), StreamError> {
+        let assembly = Arc::clone(&self.assembly);
+        let destinations = Arc::clone(&self.destinations);
+        let incoming = assembly.data(self.index, header)?;
+        let destination = &destinations[header.region as usize];
+        self.read_table(header, incoming.bytes())?;
+        let region = destination.region();
+
+        let mut spans = Vec::with_capacity(self.table.extents.len());
+        for range in self.table.data() {
+            incoming.placing(range);
+            spans.push(region.span_mut(range));
+        }
+        if let Err(error) = self.read_all(&mut spans) {
+            return Err(match error {
+                // EFAULT is how the kernel says that the file system has no page to give.
+                StreamError::Lost { source, .. }
+                    if source.raw_os_error() == Some(Errno::EFAULT as i32) =>
+                {
+                    StreamError::NoSpace {
+                        origin: region.origin().to_owned(),
+                    }
+                }
+                error => error,
+            });
+        }
+        self.received.add(header.payload.into());
+        self.check(region, incoming)?;
+        for &Extent { range, kind } in &self.table.extents {
+            if kind != ExtentKind::Data {
+                clear(destination, incoming, range)?;
+            }
+        }
+        self.acknowledge(header.sequence, header.iteration)
+    }
+
+    fn read_table(&mut self, header: &DataHeader, region_bytes: u64) -> Result<(), StreamError> {
+        let mut bytes = std::mem::take(&mut self.table_bytes);
+        bytes.resize(header.table_bytes(), 0);
+        self.read_all(&mut [SpanMut::of_slice(&mut bytes)])?;
+        let decoded = self
+            .table
+            .decode(&bytes, header, region_bytes, self.integrity);
+        self.table_bytes = bytes;
+        decoded.map_err(|source| StreamError::Wire {
+            stream: self.index,
+            source,
+        })
+    }
+
+    /// Compares what is in place now with the sender's checksums.
+    fn check(&mut self, region: &Region, incoming: &Incoming) -> Result<(), StreamError> {
+        if !self.integrity {
+            self.table.data().for_each(|range| incoming.intact(range));
+            return Ok(());
+        }
+        let mut checksums = self.table.checksums.iter();
+        for block in self.table.data().flat_map(blocks) {
+            let expected = checksums
+                .next()
+                .expect("the table was checked to have one per block");
+            if crc32c(region.read(block, &mut self.buffer)?) == *expected {
+                incoming.intact(block);
+            } else {
+                self.torn.push(block);
+            }
+        }
+        Ok(())
+    }
+
+    fn acknowledge(&mut self, sequence: u64, iteration: u32) -> Result<(), StreamError> {
+        let ack = Ack {
+            epoch: self.assembly.epoch(),
+            sequence,
+            iteration,
+            torn: self.torn.len(),
+            table_crc: self.torn.crc(),
+        };
+        let bytes = ack.encode();
+        let spans = [Span::of_slice(&bytes), Span::of_slice(self.torn.bytes())];
+        writev_all(&mut *self.channel, &spans, WriteFlags::NONE)
+            .map_err(|error| self.io_error("the sender takes no acknowledgement", error))
+    }
+
+    fn wait_readable(&mut self) -> Result<bool, StreamError> {
+        self.channel
+            .wait_readable(std::time::Duration::from_secs(3600))
+            .map_err(|error| self.io_error("", error))
+    }
+
+    /// `false`: the stream ended before the first byte.
+    fn read(&mut self, spans: &mut [SpanMut<'_>]) -> Result<bool, StreamError> {
+        read_exact_into(&mut *self.channel, spans, &mut Vec::new())
+            .map_err(|error| self.io_error("the rest of a packet does not come", error))
+    }
+
+    fn read_all(&mut self, spans: &mut [SpanMut<'_>]) -> Result<(), StreamError> {
+        if self.read(spans)? {
+            return Ok(());
+        }
+        let source = io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the stream ended inside a packet",
+        );
+        Err(StreamError::Lost {
+            stream: self.index,
+            source,
+        })
+    }
+
+    fn io_error(&self, waiting: &'static str, error: io::Error) -> StreamError {
+        StreamError::from_io(self.index, waiting, self.stall_seconds, error)
+    }
+}
+
+/// Zero pages and holes: a fresh destination reads as zeros wherever nothing was placed.
+fn clear<D: Destination>(
+    destination: &D,
+    incoming: &Incoming,
+    range: PageRange,
+) -> Result<(), StreamError> {
+    if incoming.was_written(range) {
+        let region = destination.region();
+        destination
+            .clear(range)
+            .map_err(|source| crate::region::RegionError::Read {
+                name: region.name().clone(),
+                origin: region.origin().to_owned(),
+                offset: range.offset(),
+                source,
+            })?;
+    }
+    incoming.intact(range);
+    Ok(())
+}

@@ -1,0 +1,285 @@
+//! One read of memory serves everything: fingerprint, zero test and checksum.
+//!
+//! A block is copied into a cache-sized buffer and all three are computed from that copy, after the
+//! harvest and before the page is lent. What is sent afterwards may be newer (the page is live); then
+//! the receiver's checksum differs from ours, the block counts as torn, and it stays owed. That is
+//! also what makes `scan` exact: a value that came and went between two scans arrives torn.
+
+use crate::dirty::{Change, Fingerprints};
+use crate::iteration::{Look, Piece};
+use crate::limits::{BLOCK_LEN, PAGE_LEN};
+use crate::pages::PageRange;
+use crate::region::{Region, RegionError};
+use crate::wire::{ExtentKind, Table, blocks, crc32c};
+
+/// Turns pieces into the tables of packets. One per stream; its buffers are reused.
+#[derive(Debug)]
+pub(super) struct Inspector {
+    integrity: bool,
+    buffer: Box<[u8]>,
+    /// What the last piece turned out to be.
+    pub(super) table: Table,
+    /// Bytes that were read for it.
+    pub(super) read_bytes: u64,
+}
+
+/// What happens to a page.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Unchanged,
+    Zero,
+    Data,
+}
+
+impl Inspector {
+    pub(super) fn new(integrity: bool) -> Self {
+        let buffer = vec![0; BLOCK_LEN].into_boxed_slice();
+        Self {
+            integrity,
+            buffer,
+            table: Table::default(),
+            read_bytes: 0,
+        }
+    }
+
+    /// Reads the pages of `piece` and fills `table` with what has to be sent; it is empty if nothing
+    /// has changed.
+    pub(super) fn inspect(
+        &mut self,
+        region: &Region,
+        fingerprints: Option<&Fingerprints>,
+        piece: &Piece,
+    ) -> Result<(), RegionError> {
+        self.table.clear();
+        self.read_bytes = 0;
+        for &(range, look) in &piece.runs {
+            if look == Look::Hole {
+                fingerprints.inspect(|table| table.forget(range));
+                self.table.push(range, ExtentKind::Hole);
+                continue;
+            }
+            for block in blocks(range) {
+                let bytes = region.read(block, &mut self.buffer)?;
+                self.read_bytes += bytes.len() as u64;
+                add_block(
+                    &mut self.table,
+                    block,
+                    bytes,
+                    look,
+                    fingerprints,
+                    self.integrity,
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sorts the pages of one block into runs, and adds those to `table`.
+fn add_block(
+    table: &mut Table,
+    block: PageRange,
+    bytes: &[u8],
+    look: Look,
+    fingerprints: Option<&Fingerprints>,
+    integrity: bool,
+) {
+    let mut verdicts = (block.first..)
+        .zip(bytes.chunks(PAGE_LEN))
+        .map(|(page, bytes)| judge(page, bytes, look, fingerprints))
+        .enumerate();
+    let mut next = verdicts.next();
+    while let Some((first, verdict)) = next {
+        let mut end = first + 1;
+        next = verdicts.next();
+        while let Some((index, same)) = next
+            && same == verdict
+        {
+            end = index + 1;
+            next = verdicts.next();
+        }
+        let run = PageRange {
+            first: block.first + first as u64,
+            count: (end - first) as u64,
+        };
+        match verdict {
+            Verdict::Unchanged => {}
+            Verdict::Zero => table.push(run, ExtentKind::Zero),
+            Verdict::Data if integrity => {
+                let end = (end * PAGE_LEN).min(bytes.len());
+                table.push_block(run, crc32c(&bytes[first * PAGE_LEN..end]));
+            }
+            Verdict::Data => table.push(run, ExtentKind::Data),
+        }
+    }
+}
+
+fn judge(page: u64, bytes: &[u8], look: Look, fingerprints: Option<&Fingerprints>) -> Verdict {
+    let zero = is_zero(bytes);
+    let change = match fingerprints {
+        None => Change::Changed,
+        Some(table) if zero => table.update_zero(page),
+        Some(table) => table.update(page, bytes),
+    };
+    match (look, change) {
+        (Look::Inspect, Change::Same) => Verdict::Unchanged,
+        _ if zero => Verdict::Zero,
+        _ => Verdict::Data,
+    }
+}
+
+/// Whether all bytes are zero: words ORed in steps of 256 bytes, so that a page that is not zero costs
+/// one step and the compiler vectorises the rest.
+fn is_zero(bytes: &[u8]) -> bool {
+    const STEP: usize = 256;
+    let mut steps = bytes.chunks_exact(STEP);
+    steps.all(|step| {
+        let words = step.as_chunks::<8>().0;
+        words
+            .iter()
+            .fold(0, |all, word| all | u64::from_ne_bytes(*word))
+            == 0
+    }) && bytes
+        .chunks_exact(STEP)
+        .remainder()
+        .iter()
+        .all(|&byte| byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::name::Name;
+    use crate::wire::Extent;
+
+    fn region(content: &[u8]) -> (File, Region) {
+        let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.write_all_at(content, 0).unwrap();
+        let fd = file.try_clone().unwrap().into();
+        (
+            file,
+            Region::from_descriptor(Name::new("r").unwrap(), fd).unwrap(),
+        )
+    }
+
+    fn piece(count: u64, look: Look) -> Piece {
+        Piece {
+            region: 0,
+            runs: vec![(PageRange { first: 0, count }, look)],
+        }
+    }
+
+    fn kinds(table: &Table) -> Vec<(u64, u64, ExtentKind)> {
+        table
+            .extents
+            .iter()
+            .map(|Extent { range, kind }| (range.first, range.count, *kind))
+            .collect()
+    }
+
+    #[test]
+    fn zero_pages_are_found_inside_a_block_and_checksums_cover_the_rest() {
+        let mut content = vec![7; 20 * PAGE_LEN + 10];
+        content[2 * PAGE_LEN..4 * PAGE_LEN].fill(0);
+        let (_file, region) = region(&content);
+        let mut inspector = Inspector::new(true);
+        inspector
+            .inspect(&region, None, &piece(21, Look::Owed))
+            .unwrap();
+        assert_eq!(
+            kinds(&inspector.table),
+            [
+                (0, 2, ExtentKind::Data),
+                (2, 2, ExtentKind::Zero),
+                (4, 17, ExtentKind::Data)
+            ]
+        );
+        let sums = [
+            &content[..2 * PAGE_LEN],
+            &content[4 * PAGE_LEN..16 * PAGE_LEN],
+            &content[16 * PAGE_LEN..],
+        ]
+        .map(crc32c);
+        assert_eq!(inspector.table.checksums, sums);
+    }
+
+    #[test]
+    fn what_one_packet_says_is_what_its_decoder_accepts() {
+        let mut content = vec![7; 40 * PAGE_LEN];
+        content[5 * PAGE_LEN..6 * PAGE_LEN].fill(0);
+        let (_file, region) = region(&content);
+        let mut inspector = Inspector::new(true);
+        let runs = [(0, 3), (3, 2), (5, 10), (17, 20)]
+            .map(|(first, count)| (PageRange { first, count }, Look::Owed));
+        inspector
+            .inspect(
+                &region,
+                None,
+                &Piece {
+                    region: 0,
+                    runs: runs.to_vec(),
+                },
+            )
+            .unwrap();
+        let mut bytes = Vec::new();
+        inspector.table.encode(&mut bytes);
+        let header = crate::wire::DataHeader {
+            epoch: 0,
+            iteration: 1,
+            sequence: 1,
+            region: 0,
+            extents: inspector.table.extents.len().try_into().unwrap(),
+            blocks: inspector.table.checksums.len().try_into().unwrap(),
+            payload: inspector
+                .table
+                .data()
+                .map(|r| r.bytes(region.bytes()))
+                .sum::<u64>()
+                .try_into()
+                .unwrap(),
+            table_crc: crc32c(&bytes),
+        };
+        Table::default()
+            .decode(&bytes, &header, region.bytes(), true)
+            .unwrap();
+    }
+
+    #[test]
+    fn an_unchanged_page_is_sent_only_if_it_is_owed() {
+        let (file, region) = region(&[7; 3 * PAGE_LEN]);
+        let fingerprints = Fingerprints::new(3).unwrap();
+        let mut inspector = Inspector::new(true);
+        let mut sent = |look| {
+            inspector
+                .inspect(&region, Some(&fingerprints), &piece(3, look))
+                .unwrap();
+            kinds(&inspector.table)
+        };
+        assert_eq!(sent(Look::Inspect), [(0, 3, ExtentKind::Data)]);
+        assert_eq!(sent(Look::Inspect), []);
+        assert_eq!(sent(Look::Owed), [(0, 3, ExtentKind::Data)]);
+        file.write_all_at(b"x", PAGE_LEN as u64).unwrap();
+        assert_eq!(sent(Look::Inspect), [(1, 1, ExtentKind::Data)]);
+        file.write_all_at(&[0; PAGE_LEN], PAGE_LEN as u64).unwrap();
+        assert_eq!(sent(Look::Inspect), [(1, 1, ExtentKind::Zero)]);
+        assert_eq!(sent(Look::Inspect), []);
+    }
+
+    #[test]
+    fn a_single_bit_anywhere_is_not_zero() {
+        for length in [1, 255, 256, 4000, PAGE_LEN] {
+            let mut bytes = vec![0; length];
+            assert!(is_zero(&bytes));
+            for at in [0, length / 2, length - 1] {
+                bytes[at] = 1;
+                assert!(!is_zero(&bytes), "byte {at} of {length}");
+                bytes[at] = 0;
+            }
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! A stream: one OS thread, one Channel, packets in order.
+//!
+//! Two barriers end an Iteration on every stream, and they are different facts: *released* (`flush`:
+//! the kernel reads none of our pages any more) and *applied* (the receiver has acknowledged the
+//! mark). The sender starts the next Iteration only when every stream has both: a page may travel on
+//! stream 0 now and on stream 3 next time, and the older copy must land first (rules 1 and 2).
+//!
+//! Which pages go where is `iteration`'s business; agreeing and committing is the conversation's.
+
+mod error;
+mod incoming;
+mod inspect;
+mod outgoing;
+mod pace;
+
+pub use error::StreamError;
+pub use incoming::{Destination, IncomingStream};
+pub use outgoing::{Job, OutgoingStream, Pass, Report, StreamSetup, ZeroCopyWish};
+pub use pace::Pace;

@@ -1,0 +1,453 @@
+//! The sending end: where a packet is sent.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::channel::{Channel, Features, Flush, Shutdown, WriteFlags, read_exact_into, writev_all};
+use crate::dirty::Tracker;
+use crate::iteration::{Piece, Plan};
+use crate::limits::PACKETS_UNACKNOWLEDGED_MAX;
+use crate::pages::PageRange;
+use crate::region::{Region, Span, SpanMut};
+use crate::stats::StreamStats;
+use crate::wire::{
+    ACK_BYTES, Ack, DataHeader, Header, MarkHeader, StreamTotals, TornTable, WireError, crc32c,
+};
+
+use super::StreamError;
+use super::inspect::Inspector;
+use super::pace::Pace;
+
+/// Zero-copy sends after which `auto` looks at how many of them were copied. One flush of fewer says
+/// little: the kernel's flag covers whole ranges of sends.
+const COPIED_SENDS_BEFORE_PLAIN: u64 = 16;
+
+/// What to do with a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// Send it.
+    Send,
+    /// Only find out whether anything in it has changed.
+    Check,
+}
+
+/// One Iteration for one stream.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// What to look at; shared by the streams, who take pieces from it.
+    pub plan: Arc<Plan>,
+    /// What for.
+    pub pass: Pass,
+}
+
+/// What a stream says when its part of a job is done: everything it sent is released and applied.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Runs that arrived torn, by index of their Region; they stay owed.
+    pub torn: Vec<(u32, PageRange)>,
+    /// Pages sent, or in a check found changed.
+    pub pages: u64,
+    /// Payload bytes sent.
+    pub payload_bytes: u64,
+    /// Time spent waiting for the release of lent memory.
+    pub flush_time: Duration,
+    /// What the stream has carried since it opened.
+    pub totals: StreamTotals,
+}
+
+/// How payload is to leave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ZeroCopyWish {
+    /// Plain sends, for this reason (empty: asked for).
+    Off(String),
+    /// Zero copy as long as the kernel does not copy everything anyway.
+    Auto,
+    /// Zero copy whatever comes of it; the note says what is not as asked for.
+    Always(String),
+}
+
+/// What the streams of an attempt share.
+#[derive(Debug, Clone)]
+pub struct StreamSetup {
+    /// The sources and their trackers, in the order of the offer.
+    pub regions: Arc<[(Arc<Region>, Tracker)]>,
+    /// Whether payload carries checksums.
+    pub integrity: bool,
+    /// Bound on bytes sent but not acknowledged.
+    pub window: u64,
+    /// The bandwidth cap.
+    pub pace: Arc<Pace>,
+    /// Longest time without progress.
+    pub stall_timeout: Duration,
+    /// Ends every wait.
+    pub wake: crate::sys::wake::Wake,
+    /// The connections' epoch.
+    pub epoch: u32,
+}
+
+#[derive(Debug)]
+struct Unacknowledged {
+    sequence: u64,
+    region: Option<u32>,
+    wire_bytes: u64,
+    memory_bytes: u64,
+}
+
+/// One stream of the sender. Runs on a thread of its own.
+#[derive(Debug)]
+pub struct OutgoingStream {
+    index: u16,
+    channel: Box<dyn Channel>,
+    setup: StreamSetup,
+    zero_copy: ZeroCopyWish,
+    stats: Arc<StreamStats>,
+    inspector: Inspector,
+    piece: Piece,
+    frame: Vec<u8>,
+    torn_table: TornTable,
+    totals: StreamTotals,
+    unacknowledged: VecDeque<Unacknowledged>,
+    unacknowledged_bytes: u64,
+}
+
+impl OutgoingStream {
+    /// A stream over `channel`, whose preamble has been answered.
+    #[must_use]
+    pub fn new(
+        index: u16,
+        channel: Box<dyn Channel>,
+        setup: StreamSetup,
+        zero_copy: ZeroCopyWish,
+        stats: Arc<StreamStats>,
+    ) -> Self {
+        let capable = channel.features().contains(Features::WRITE_ZERO_COPY);
+        match &zero_copy {
+            ZeroCopyWish::Off(reason) => stats.set_path("plain", reason.clone()),
+            ZeroCopyWish::Auto if capable => stats.set_path("msg-zerocopy", ""),
+            ZeroCopyWish::Always(note) if capable => stats.set_path("msg-zerocopy", note.clone()),
+            _ => stats.set_path("plain", "the channel has no zero copy"),
+        }
+        Self {
+            index,
+            channel,
+            inspector: Inspector::new(setup.integrity),
+            setup,
+            zero_copy: if capable {
+                zero_copy
+            } else {
+                ZeroCopyWish::Off(String::new())
+            },
+            stats,
+            piece: Piece::default(),
+            frame: Vec::new(),
+            torn_table: TornTable::default(),
+            totals: StreamTotals {
+                packets: 0,
+                bytes: 0,
+            },
+            unacknowledged: VecDeque::new(),
+            unacknowledged_bytes: 0,
+        }
+    }
+
+    /// Takes its share of a job. When this returns `Ok`, nothing of ours is lent any more and all of
+    /// it is applied at the receiver.
+    pub fn run(&mut self, job: &Job) -> Result<Report, StreamError> {
+        let mut report = Report::default();
+        while job.plan.next(&mut self.piece) {
+            if self.setup.wake.is_awake() {
+                return Err(StreamError::Ended);
+            }
+            let (region, tracker) = &self.setup.regions[self.piece.region as usize];
+            self.inspector
+                .inspect(region, tracker.fingerprints(), &self.piece)?;
+            self.stats.read_bytes.add(self.inspector.read_bytes);
+            let pages: u64 = self
+                .inspector
+                .table
+                .extents
+                .iter()
+                .map(|e| e.range.count)
+                .sum();
+            report.pages += pages;
+            if pages > 0 && job.pass == Pass::Send {
+                report.payload_bytes += self.send(job.plan.iteration(), &mut report.torn)?;
+            }
+        }
+        if job.pass == Pass::Send {
+            self.send_mark(job.plan.iteration())?;
+            let started = Instant::now();
+            self.flush()?;
+            report.flush_time = started.elapsed();
+            while !self.unacknowledged.is_empty() {
+                self.read_ack(&mut report.torn)?;
+            }
+        }
+        report.totals = self.totals;
+        Ok(report)
+    }
+
+    /// Throws away what is queued and collects what is lent, so that the memory can be reused. After
+    /// this the stream is dead. `Err`: some memory did not come back; the channel keeps it mapped.
+    pub fn abandon(mut self) -> std::io::Result<()> {
+        self.channel.shutdown(Shutdown::Reset)?;
+        // A reset connection never flushes successfully; what counts is whether all loans came back,
+        // and a channel dropped with loans keeps their mapping by itself.
+        let _ = self.channel.flush();
+        Ok(())
+    }
+
+    /// Sends the packet the inspector holds; gives its payload bytes.
+    fn send(
+        &mut self,
+        iteration: u32,
+        torn: &mut Vec<(u32, PageRange)>,
+    ) -> Result<u64, StreamError> {
+        let region_index = self.piece.region;
+        let region = Arc::clone(&self.setup.regions[region_index as usize].0);
+        let table = &self.inspector.table;
+        let count = |n: usize| u32::try_from(n).expect("limits keep packets small");
+        let (extents, checksums) = (count(table.extents.len()), count(table.checksums.len()));
+        let payload: u64 = table.data().map(|range| range.bytes(region.bytes())).sum();
+        let data_pages: u64 = table.data().map(|range| range.count).sum();
+        let pages: u64 = table.extents.iter().map(|extent| extent.range.count).sum();
+        let memory_bytes = table
+            .extents
+            .iter()
+            .map(|e| e.range.bytes(region.bytes()))
+            .sum();
+
+        self.frame.clear();
+        self.frame.resize(crate::wire::HEADER_BYTES, 0);
+        table.encode(&mut self.frame);
+        let header = Header::Data(DataHeader {
+            epoch: self.setup.epoch,
+            iteration,
+            sequence: self.totals.packets + 1,
+            region: region_index,
+            extents,
+            blocks: checksums,
+            payload: u32::try_from(payload).expect("a packet's payload is limited"),
+            table_crc: crc32c(&self.frame[crate::wire::HEADER_BYTES..]),
+        });
+        self.frame[..crate::wire::HEADER_BYTES].copy_from_slice(&header.encode());
+        let wire_bytes = self.frame.len() as u64 + payload;
+
+        self.wait_for_window(wire_bytes, torn)?;
+        let wait = self.setup.pace.take(wire_bytes, Instant::now());
+        if !wait.is_zero() && self.setup.wake.wait(wait) {
+            return Err(StreamError::Ended);
+        }
+
+        let flags = match self.zero_copy {
+            ZeroCopyWish::Off(_) => WriteFlags::NONE,
+            ZeroCopyWish::Auto | ZeroCopyWish::Always(_) => WriteFlags::ZERO_COPY,
+        };
+        let spans: Vec<Span<'_>> = self
+            .inspector
+            .table
+            .data()
+            .map(|range| region.span(range))
+            .collect();
+        // The header's buffer is used again for the next packet, so it is always copied.
+        let sent = writev_all(
+            &mut *self.channel,
+            &[Span::of_slice(&self.frame)],
+            WriteFlags::NONE,
+        )
+        .and_then(|()| writev_all(&mut *self.channel, &spans, flags));
+        if let Err(error) = sent {
+            // EFAULT is how the kernel says that the file no longer reaches this far.
+            region.check_length()?;
+            return Err(self.io_error("the receiver takes no data", error));
+        }
+        self.totals.packets += 1;
+        self.totals.bytes += payload;
+        self.stats.transferred.add(wire_bytes);
+        self.stats.normal_pages.add(data_pages);
+        self.stats.normal_bytes.add(payload);
+        self.stats.duplicate_pages.add(pages - data_pages);
+        self.remember(Some(region_index), wire_bytes, memory_bytes);
+        Ok(payload)
+    }
+
+    fn send_mark(&mut self, iteration: u32) -> Result<(), StreamError> {
+        self.totals.packets += 1;
+        let mark = MarkHeader {
+            epoch: self.setup.epoch,
+            iteration,
+            sequence: self.totals.packets,
+            bytes: self.totals.bytes,
+        };
+        let bytes = Header::Mark(mark).encode();
+        writev_all(
+            &mut *self.channel,
+            &[Span::of_slice(&bytes)],
+            WriteFlags::NONE,
+        )
+        .map_err(|error| self.io_error("the receiver takes no data", error))?;
+        self.stats.transferred.add(bytes.len() as u64);
+        self.remember(None, bytes.len() as u64, 0);
+        Ok(())
+    }
+
+    fn remember(&mut self, region: Option<u32>, wire_bytes: u64, memory_bytes: u64) {
+        let sequence = self.totals.packets;
+        self.unacknowledged.push_back(Unacknowledged {
+            sequence,
+            region,
+            wire_bytes,
+            memory_bytes,
+        });
+        self.unacknowledged_bytes += wire_bytes;
+    }
+
+    /// Released: the kernel reads none of our pages any more.
+    fn flush(&mut self) -> Result<(), StreamError> {
+        let flush = self.channel.flush().map_err(|error| {
+            self.io_error("the kernel still holds memory that was lent to it", error)
+        })?;
+        self.count(flush);
+        Ok(())
+    }
+
+    fn count(&mut self, flush: Flush) {
+        self.stats.zero_copy_sends.add(flush.sends);
+        self.stats.zero_copy_copied.add(flush.copied);
+        if flush.all_copied() {
+            self.stats.missed_zero_copy.add(1);
+        }
+        let (sends, copied) = (
+            self.stats.zero_copy_sends.get(),
+            self.stats.zero_copy_copied.get(),
+        );
+        if sends > 0 && sends == copied {
+            let reason = "the kernel copied every zero-copy send, as it does on loopback and veth, \
+                          without scatter-gather, and while packets are captured";
+            if self.zero_copy == ZeroCopyWish::Auto && sends >= COPIED_SENDS_BEFORE_PLAIN {
+                self.zero_copy = ZeroCopyWish::Off(String::new());
+                self.stats
+                    .set_path("plain", format!("{reason}; plain sends are faster then"));
+            } else if self.zero_copy != ZeroCopyWish::Off(String::new()) {
+                self.stats.set_path("msg-zerocopy", reason);
+            }
+        }
+    }
+
+    /// Reads the acknowledgements that are there, and waits for more while the window is full.
+    fn wait_for_window(
+        &mut self,
+        bytes: u64,
+        torn: &mut Vec<(u32, PageRange)>,
+    ) -> Result<(), StreamError> {
+        loop {
+            let full = self.unacknowledged_bytes + bytes > self.setup.window
+                || self.unacknowledged.len() >= PACKETS_UNACKNOWLEDGED_MAX;
+            // A packet larger than the window goes alone.
+            if self.unacknowledged.is_empty() {
+                return Ok(());
+            }
+            if !full && !self.readable(Duration::ZERO)? {
+                return Ok(());
+            }
+            self.read_ack(torn)?;
+        }
+    }
+
+    fn readable(&mut self, timeout: Duration) -> Result<bool, StreamError> {
+        self.channel
+            .wait_readable(timeout)
+            .map_err(|error| self.io_error("the receiver acknowledges nothing", error))
+    }
+
+    /// Waits for one acknowledgement. A slow link is not a dead one: as long as the peer's kernel takes
+    /// bytes off our queue there is progress.
+    fn read_ack(&mut self, torn: &mut Vec<(u32, PageRange)>) -> Result<(), StreamError> {
+        const WAITING: &str = "the receiver acknowledges nothing";
+        let mut queued = self.channel.queued_bytes();
+        while !self.readable(self.setup.stall_timeout)? {
+            let now = self.channel.queued_bytes();
+            if now >= queued {
+                return Err(self.io_error(WAITING, std::io::ErrorKind::TimedOut.into()));
+            }
+            queued = now;
+        }
+        let mut bytes = [0; ACK_BYTES];
+        self.read(&mut bytes)?;
+        let ack = Ack::decode(&bytes).map_err(|source| self.wire_error(source))?;
+        let Some(packet) = self
+            .unacknowledged
+            .pop_front()
+            .filter(|packet| packet.sequence == ack.sequence)
+        else {
+            return Err(self.illegal_ack(
+                "sequence",
+                ack.sequence,
+                "it is not that of the oldest packet",
+            ));
+        };
+        if ack.epoch != self.setup.epoch {
+            return Err(self.illegal_ack("epoch", ack.epoch.into(), "it is not the attempt's"));
+        }
+        self.unacknowledged_bytes -= packet.wire_bytes;
+        self.stats.settled_bytes.add(packet.memory_bytes);
+        if ack.torn == 0 {
+            return Ok(());
+        }
+        let Some(region) = packet.region else {
+            return Err(self.illegal_ack("torn", ack.torn.into(), "a mark has no pages"));
+        };
+        let mut table = std::mem::take(&mut self.torn_table);
+        self.read(table.buffer(&ack))?;
+        let pages = self.setup.regions[region as usize].0.pages();
+        let runs = table
+            .decode(&ack, pages)
+            .map_err(|source| self.wire_error(source))?;
+        for run in runs {
+            self.stats.torn_pages.add(run.count);
+            torn.push((region, run));
+        }
+        self.torn_table = table;
+        Ok(())
+    }
+
+    fn read(&mut self, bytes: &mut [u8]) -> Result<(), StreamError> {
+        const WAITING: &str = "the receiver acknowledges nothing";
+        let mut none = Vec::new();
+        match read_exact_into(
+            &mut *self.channel,
+            &mut [SpanMut::of_slice(bytes)],
+            &mut none,
+        ) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(self.io_error(WAITING, std::io::ErrorKind::UnexpectedEof.into())),
+            Err(error) => Err(self.io_error(WAITING, error)),
+        }
+    }
+
+    fn illegal_ack(&self, field: &'static str, value: u64, rule: &'static str) -> StreamError {
+        self.wire_error(WireError::Illegal {
+            frame: "acknowledgement",
+            field,
+            value,
+            rule,
+        })
+    }
+
+    fn wire_error(&self, source: WireError) -> StreamError {
+        StreamError::Wire {
+            stream: self.index,
+            source,
+        }
+    }
+
+    fn io_error(&self, waiting: &'static str, error: std::io::Error) -> StreamError {
+        StreamError::from_io(
+            self.index,
+            waiting,
+            self.setup.stall_timeout.as_secs_f32(),
+            error,
+        )
+    }
+}
