@@ -9,7 +9,9 @@
 pub mod assembly;
 pub mod channel;
 pub mod dirty;
+pub mod freeze;
 pub mod iteration;
+pub mod journal;
 pub mod limits;
 pub mod name;
 pub mod pages;

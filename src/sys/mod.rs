@@ -6,4 +6,5 @@
 pub mod errqueue;
 pub mod file;
 pub mod msg;
+pub mod process;
 pub mod wake;
