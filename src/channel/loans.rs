@@ -128,3 +128,30 @@ impl Drop for Loans {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::suite::Memory;
+
+    #[test]
+    fn a_loan_that_never_comes_back_keeps_its_mapping() {
+        let memory = Memory::filled(4096, 1);
+        let mut loans = Loans::default();
+        loans.hold(&[memory.all(), memory.all()]);
+        loans.lend();
+        assert_eq!(Arc::strong_count(&memory.mapping), 2);
+        drop(loans);
+        assert_eq!(Arc::strong_count(&memory.mapping), 2);
+    }
+
+    #[test]
+    fn settled_loans_let_go_of_their_mapping() {
+        let memory = Memory::filled(4096, 1);
+        let mut loans = Loans::default();
+        loans.hold(&[memory.all()]);
+        loans.copied_at_once();
+        assert!(loans.settle().all_copied());
+        assert_eq!(Arc::strong_count(&memory.mapping), 1);
+    }
+}

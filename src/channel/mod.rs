@@ -8,10 +8,16 @@
 
 mod buffer;
 mod command;
+#[cfg(test)]
+pub(crate) mod fake;
 mod file;
 pub mod ledger;
 mod loans;
 mod socket;
+#[cfg(test)]
+mod socket_tests;
+#[cfg(test)]
+pub(crate) mod suite;
 mod wait;
 
 pub use buffer::BufferChannel;

@@ -135,6 +135,12 @@ impl SocketChannel {
         self.loans.outstanding()
     }
 
+    /// How long waits last, for tests that need both.
+    #[cfg(test)]
+    pub(super) fn patience_mut(&mut self) -> &mut Patience {
+        &mut self.patience
+    }
+
     /// Sends some of `iov`, at most `limit` bytes, waiting while the socket is full.
     fn send(
         &mut self,
