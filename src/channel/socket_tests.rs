@@ -339,15 +339,13 @@ fn a_small_memlock_limit_splits_or_copies_and_says_so() {
         nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
     )
     .unwrap();
+    // The limit is per user, so a user of our own: another run must not use it up.
+    let user = 2_000_000_000 + std::process::id();
     for (limit_bytes, copied) in [(8 * 1024, MUCH), (512 * 1024, 0)] {
         let output = Command::new("prlimit")
             .arg(format!("--memlock={limit_bytes}"))
-            .args([
-                "setpriv",
-                "--reuid=65534",
-                "--regid=65534",
-                "--clear-groups",
-            ])
+            .args(["setpriv", "--clear-groups", "--regid=65534"])
+            .arg(format!("--reuid={user}"))
             .arg(format!("/proc/self/fd/{}", exe.as_raw_fd()))
             .args([HELPER, "--exact", "--ignored", "--nocapture"])
             .current_dir("/")
