@@ -232,6 +232,27 @@ fn a_reset_fails_the_flush_at_once_with_all_memory_back_and_burns_no_cpu() {
 }
 
 #[test]
+fn a_loan_missing_on_a_dead_socket_ends_the_flush_by_the_stall_timeout_without_spinning() {
+    for ours in [false, true] {
+        let (near, far) = tcp_pair("127.0.0.1");
+        let mut near = channel(near, patience());
+        near.patience_mut().stall_timeout = Duration::from_millis(500);
+        near.lend_for_ever();
+        if ours {
+            near.shutdown(Shutdown::Reset).unwrap();
+        } else {
+            reset(far);
+        }
+        let before = cpu_time();
+        assert_eq!(near.flush().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(cpu_time() - before < SHORT, "the wait spins");
+        assert_eq!(near.outstanding(), 1);
+        near.patience_mut().wake.wake();
+        assert!(Woken::is(&near.flush().unwrap_err()));
+    }
+}
+
+#[test]
 fn our_own_reset_brings_the_memory_back_and_the_peer_learns_of_it() {
     let memory = Memory::filled(MUCH, 1);
     for address in ["127.0.0.1", "::1"] {
