@@ -98,3 +98,18 @@ impl Channel for BufferChannel {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_buffer_says_so() {
+        let mut buffer = BufferChannel::new(3).unwrap();
+        let span = [Span::of_slice(b"abcde")];
+        assert_eq!(buffer.writev(&span, &[], WriteFlags::NONE).unwrap(), 3);
+        let error = buffer.writev(&span, &[], WriteFlags::NONE).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(buffer.written_bytes(), 3);
+    }
+}

@@ -133,3 +133,40 @@ impl Drop for CommandChannel {
         end(&mut self.child, END_PATIENCE, &self.name);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::suite::patience;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn a_command_that_cannot_start_is_an_error_with_its_name() {
+        let error = CommandChannel::spawn(&["/nonexistent/program"], patience()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(
+            error.to_string().contains("/nonexistent/program"),
+            "{error}"
+        );
+        let none: [&str; 0] = [];
+        let error = CommandChannel::spawn(&none, patience()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn the_end_of_its_input_ends_a_command_and_its_status_is_known() {
+        let argv = ["sh", "-c", "cat; exit 3"];
+        let mut channel = CommandChannel::spawn(&argv, patience()).unwrap();
+        let status = channel.finish(Duration::from_secs(60)).unwrap().unwrap();
+        assert_eq!(status.code(), Some(3));
+    }
+
+    #[test]
+    fn a_command_that_does_not_end_is_killed_and_leaves_no_zombie() {
+        let mut channel = CommandChannel::spawn(&["sleep", "1000"], patience()).unwrap();
+        assert_eq!(channel.finish(Duration::ZERO).unwrap(), None);
+        end(&mut channel.child, Duration::ZERO, "sleep");
+        let status = channel.child.try_wait().unwrap().unwrap();
+        assert_eq!(status.signal(), Some(libc::SIGKILL));
+    }
+}

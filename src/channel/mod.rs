@@ -83,9 +83,10 @@ impl Features {
 /// What a `flush` saw: zero-copy sends released since the last one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Flush {
-    /// Zero-copy sends whose memory came back.
+    /// Zero-copy sends whose memory came back. A short write is one send, its rest another.
     pub sends: u64,
-    /// Those of them that the kernel copied after all.
+    /// Those of them that were copied after all, by the kernel or (where it would not pin the memory)
+    /// by the channel. The kernel marks whole ranges, so this is a close estimate from above.
     pub copied: u64,
 }
 
@@ -170,7 +171,7 @@ pub trait Channel: Send + fmt::Debug {
         flags: WriteFlags,
     ) -> io::Result<usize>;
 
-    /// Reads some bytes into `iov`; 0 is the end of the stream. Descriptors that came along are
+    /// Reads some bytes into `iov`; 0 is the end of the stream, or an `iov` without room. Descriptors that came along are
     /// appended to `fds`.
     fn readv(&mut self, iov: &[SpanMut<'_>], fds: &mut Vec<OwnedFd>) -> io::Result<usize>;
 
@@ -178,7 +179,11 @@ pub trait Channel: Send + fmt::Debug {
     /// Not bounded by the stall timeout: the caller decides what an idle peer means.
     fn wait_readable(&mut self, timeout: Duration) -> io::Result<bool>;
 
-    /// Returns once every lent Span is back: from here on the kernel reads none of our pages.
+    /// Returns once every lent Span is back: from here on the kernel reads none of our pages. Counts
+    /// since the last flush; `NOTHING_OWED` if nothing was lent since.
+    ///
+    /// After `TimedOut` and [`Woken`] memory is still on loan; `shutdown(Reset)` and another `flush`
+    /// bring it back. A lost connection is an error that comes after the memory is back.
     fn flush(&mut self) -> io::Result<Flush> {
         Ok(Flush::NOTHING_OWED)
     }

@@ -141,6 +141,12 @@ impl SocketChannel {
         &mut self.patience
     }
 
+    /// A loan that the kernel knows nothing of and never gives back.
+    #[cfg(test)]
+    pub(super) fn lend_for_ever(&mut self) {
+        self.loans.lend();
+    }
+
     /// Sends some of `iov`, at most `limit` bytes, waiting while the socket is full.
     fn send(
         &mut self,

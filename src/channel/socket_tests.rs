@@ -232,6 +232,27 @@ fn a_reset_fails_the_flush_at_once_with_all_memory_back_and_burns_no_cpu() {
 }
 
 #[test]
+fn a_loan_missing_on_a_dead_socket_ends_the_flush_by_the_stall_timeout_without_spinning() {
+    for ours in [false, true] {
+        let (near, far) = tcp_pair("127.0.0.1");
+        let mut near = channel(near, patience());
+        near.patience_mut().stall_timeout = Duration::from_millis(500);
+        near.lend_for_ever();
+        if ours {
+            near.shutdown(Shutdown::Reset).unwrap();
+        } else {
+            reset(far);
+        }
+        let before = cpu_time();
+        assert_eq!(near.flush().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!(cpu_time() - before < SHORT, "the wait spins");
+        assert_eq!(near.outstanding(), 1);
+        near.patience_mut().wake.wake();
+        assert!(Woken::is(&near.flush().unwrap_err()));
+    }
+}
+
+#[test]
 fn our_own_reset_brings_the_memory_back_and_the_peer_learns_of_it() {
     let memory = Memory::filled(MUCH, 1);
     for address in ["127.0.0.1", "::1"] {
@@ -339,15 +360,13 @@ fn a_small_memlock_limit_splits_or_copies_and_says_so() {
         nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
     )
     .unwrap();
+    // The limit is per user, so a user of our own: another run must not use it up.
+    let user = 2_000_000_000 + std::process::id();
     for (limit_bytes, copied) in [(8 * 1024, MUCH), (512 * 1024, 0)] {
         let output = Command::new("prlimit")
             .arg(format!("--memlock={limit_bytes}"))
-            .args([
-                "setpriv",
-                "--reuid=65534",
-                "--regid=65534",
-                "--clear-groups",
-            ])
+            .args(["setpriv", "--clear-groups", "--regid=65534"])
+            .arg(format!("--reuid={user}"))
             .arg(format!("/proc/self/fd/{}", exe.as_raw_fd()))
             .args([HELPER, "--exact", "--ignored", "--nocapture"])
             .current_dir("/")

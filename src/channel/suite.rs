@@ -72,9 +72,8 @@ pub(crate) fn patience() -> Patience {
 
 /// Bytes that differ from piece to piece and from place to place.
 pub(crate) fn pattern(len: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| ((i / PIECE_BYTES + i * 7) % 251) as u8)
-        .collect()
+    let byte = |i: usize| u8::try_from((i / PIECE_BYTES + i * 7) % 251).unwrap();
+    (0..len).map(byte).collect()
 }
 
 pub(crate) fn read_all(channel: &mut dyn Channel, len: usize) -> io::Result<Vec<u8>> {
@@ -105,15 +104,15 @@ pub(crate) fn unix_pair() -> (OwnedFd, OwnedFd) {
     (near.into(), far.into())
 }
 
+/// Makes the reading end of a writing one that was ended.
+type Turn = Box<dyn FnOnce(Box<dyn Channel>) -> Box<dyn Channel>>;
+
 /// The two ends of a fresh channel.
 enum Ends {
     /// Both at once.
     Live(Box<dyn Channel>, Box<dyn Channel>),
     /// First written and ended, then turned into its reading end.
-    Turn(
-        Box<dyn Channel>,
-        Box<dyn FnOnce(Box<dyn Channel>) -> Box<dyn Channel>>,
-    ),
+    Turn(Box<dyn Channel>, Turn),
 }
 
 impl Ends {
