@@ -7,8 +7,12 @@
 //! `docs/architecture.md` has the map: which file does what, and what each layer must not know.
 
 pub mod channel;
+pub mod config;
+pub mod endpoint;
 pub mod limits;
+pub mod log;
 pub mod name;
+pub mod notify;
 pub mod pages;
 pub mod region;
 pub mod sys;
