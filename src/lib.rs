@@ -16,3 +16,4 @@ pub mod notify;
 pub mod pages;
 pub mod region;
 pub mod sys;
+pub mod workload;
