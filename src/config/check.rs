@@ -187,7 +187,7 @@ fn memlock_limit() -> Option<u64> {
 fn memlock_warning(lent: u64, limit: Option<u64>) -> Option<Warning> {
     let limit = limit.filter(|limit| *limit < lent)?;
     Some(Warning(format!(
-        "the memlock limit ({}) is below streams × window ({}): zero-copy sends will be refused by the \
+        "the memlock limit of this process ({}) is below streams × window ({}): zero-copy sends will be refused by the \
          kernel and copied instead. Raise it (LimitMEMLOCK=infinity in the unit, ulimit -l), or lower \
          transfer.window",
         Size(limit),

@@ -2,7 +2,7 @@
 //!
 //! What is typed is read once, through the tables of keys, into types whose values are within their
 //! limits and fit together; code behind them does not ask again. The same table reads `[transfer]` and
-//! the arguments of `migrate`. Nothing here opens a socket or a Region; [`check`] looks at the machine.
+//! the arguments of `migrate`. Nothing here opens a socket or a Region; the file `check` looks at the machine.
 
 mod check;
 mod error;

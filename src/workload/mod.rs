@@ -26,6 +26,9 @@ pub use stamp::{STAMPED_BYTES, Stamp, first_torn_page, newest_stamp};
 use crate::config::units::Size;
 use crate::region::{Access, Mapping};
 
+/// Pages filled between two looks at the signals: 256 MiB.
+const FILL_PAGES: u64 = 65536;
+
 /// What to write, and how fast.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
@@ -130,6 +133,10 @@ pub fn run(
     let mut writer = Writer::open(options)?;
     for page in 0..options.size / STAMPED_BYTES as u64 {
         writer.write(page, 0)?;
+        // Filling hundreds of GiB takes minutes, in which it must be possible to end it.
+        if (page + 1).is_multiple_of(FILL_PAGES) && pause(Duration::ZERO) == Pause::Stop {
+            return Ok(stopped(out, 0));
+        }
     }
     say(
         out,
@@ -154,14 +161,18 @@ pub fn run(
             writer.write((sequence - 1) % pages, sequence)?;
         }
     }
-    say(
-        out,
-        &serde_json::json!({"event": "stopped", "writes": sequence, "last-sequence": sequence}),
-    );
-    Ok(Summary {
+    Ok(stopped(out, sequence))
+}
+
+/// Says that it ends, after `sequence` writes.
+fn stopped(out: &mut impl Write, sequence: u64) -> Summary {
+    let line =
+        serde_json::json!({"event": "stopped", "writes": sequence, "last-sequence": sequence});
+    say(out, &line);
+    Summary {
         writes: sequence,
         last_sequence: sequence,
-    })
+    }
 }
 
 /// One line; a reader that has gone away is not missed.

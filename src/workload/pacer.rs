@@ -7,6 +7,9 @@ use super::stamp::STAMPED_BYTES;
 /// Most time that one burst makes up for.
 const BURST: Duration = Duration::from_millis(1);
 
+/// Pages in one burst at most, however high the rate: signals are looked at between bursts.
+const BURST_PAGES_MAX: u128 = 4096;
+
 /// Longest gap that is a delay of a busy host. A longer one means that the process was stopped; what it
 /// did not write then stays unwritten, or the writes after a Freeze would say nothing about the rate.
 const DELAY_MAX: Duration = Duration::from_millis(100);
@@ -54,11 +57,10 @@ impl Pacer {
         // A writer that cannot keep the rate at all must not owe ever more.
         let most = self.earned(DELAY_MAX).max(PAGE_CREDIT);
         self.credit = (self.credit + self.earned(gap)).min(most);
-        let burst = (self.earned(BURST) / PAGE_CREDIT).max(1);
+        let burst = (self.earned(BURST) / PAGE_CREDIT).clamp(1, BURST_PAGES_MAX);
         let pages = (self.credit / PAGE_CREDIT).min(burst);
         self.credit -= pages * PAGE_CREDIT;
-        // `burst` is at most 2^64 bytes a second × 1 ms.
-        u64::try_from(pages).unwrap_or(u64::MAX)
+        u64::try_from(pages).unwrap_or(u64::MAX) // At most BURST_PAGES_MAX.
     }
 
     /// How long to sleep before asking again.
@@ -155,6 +157,14 @@ mod tests {
         // At an unchanged instant nothing is earned any more: what comes was owed.
         let owed: u64 = (0..1000).map(|_| pacer.due(now)).sum();
         assert!(owed <= 100 * (PAGES_PER_MS + 1), "{owed}");
+    }
+
+    #[test]
+    fn no_rate_makes_a_burst_without_end() {
+        let mut now = Instant::now();
+        let mut pacer = Pacer::new(u64::MAX, now);
+        now += DELAY_MAX;
+        assert_eq!(pacer.due(now), 4096);
     }
 
     #[test]
