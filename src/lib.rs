@@ -8,15 +8,20 @@
 
 pub mod assembly;
 pub mod channel;
+pub mod config;
 pub mod dirty;
+pub mod endpoint;
 pub mod freeze;
 pub mod iteration;
 pub mod journal;
 pub mod limits;
+pub mod log;
 pub mod name;
+pub mod notify;
 pub mod pages;
 pub mod region;
 pub mod stats;
 pub mod stream;
 pub mod sys;
 pub mod wire;
+pub mod workload;

@@ -235,6 +235,15 @@ impl<'a> SpanMut<'a> {
         self.base = unsafe { self.base.add(n) };
         self.len -= n;
     }
+
+    /// Copies `bytes` to the front of the span; what does not fit is left out.
+    pub fn fill_from(&mut self, bytes: &[u8]) {
+        let n = bytes.len().min(self.len);
+        // SAFETY: `n <= self.len`, and whoever made the span established that its bytes are valid for
+        // writes while the borrow lives. `bytes` cannot overlap them: no `&[u8]` over a mapping exists
+        // (rule 10), and a borrowed slice is borrowed exclusively.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base, n) };
+    }
 }
 
 #[cfg(test)]
@@ -260,6 +269,16 @@ mod tests {
     fn a_source_gives_no_writable_span() {
         assert!(mapping(4096, Access::Read).span_mut(0, 1).is_none());
         assert!(mapping(4096, Access::Write).span_mut(0, 1).is_some());
+    }
+
+    #[test]
+    fn filling_stays_inside_the_span() {
+        let mut bytes = *b"------";
+        let mut span = SpanMut::of_slice(&mut bytes[1..4]);
+        span.fill_from(b"a");
+        span.advance(1);
+        span.fill_from(b"bcdef");
+        assert_eq!(&bytes, b"-abc--");
     }
 
     #[test]

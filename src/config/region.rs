@@ -1,0 +1,346 @@
+//! A Region of `sender.toml` or of `region-add`: what it is, how it is tracked, how its writer is stopped.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::keys::{Key, Refusal};
+use crate::name::Name;
+
+/// One `[[region]]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RegionConfig {
+    /// Its name, on both sides.
+    pub name: Name,
+    /// The file that is its memory.
+    pub path: PathBuf,
+    /// How written pages are found.
+    pub tracker: TrackerConfig,
+    /// How its writer is stopped.
+    pub freeze: FreezeConfig,
+}
+
+/// How written pages are found. As JSON `{"kind": "scan"}` or `"scan"`, in TOML the same two ways.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "Value", into = "Value")]
+pub enum TrackerConfig {
+    /// Nothing writes while it is moved.
+    #[default]
+    None,
+    /// A hash per page, compared in each Iteration.
+    Scan,
+}
+
+/// How the writer is stopped. As JSON `{"kind": "pid", "pid": 123}`, `{"kind": "none"}` or `"none"`,
+/// in TOML the same ways; on the command line `none` or `pid=123`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "Value", into = "Value")]
+pub enum FreezeConfig {
+    /// Nothing writes.
+    #[default]
+    None,
+    /// SIGSTOP to the process with this id, greater than 0.
+    Pid(i32),
+}
+
+/// Why a text or JSON value is no tracker, or no way to freeze.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KindError {
+    /// A kind that is defined, but not in this version.
+    #[error("{what} {kind:?} is not served by this version, which serves {served}")]
+    NotServed {
+        /// "tracker" or "freeze".
+        what: &'static str,
+        /// The kind.
+        kind: String,
+        /// What is served instead.
+        served: &'static str,
+    },
+    /// A kind that does not exist.
+    #[error("there is no {what} {kind:?}: this version serves {served}")]
+    Unknown {
+        /// "tracker" or "freeze".
+        what: &'static str,
+        /// The kind.
+        kind: String,
+        /// What is served instead.
+        served: &'static str,
+    },
+    /// Neither a text nor an object with a `kind`.
+    #[error("{what} is a text or an object with a kind: write {served}")]
+    Shape {
+        /// "tracker" or "freeze".
+        what: &'static str,
+        /// What is served.
+        served: &'static str,
+    },
+    /// A member that this kind does not have.
+    #[error("{what} {kind:?} takes no {member:?}")]
+    Member {
+        /// "tracker" or "freeze".
+        what: &'static str,
+        /// The kind.
+        kind: &'static str,
+        /// The member.
+        member: String,
+    },
+    /// A process id that is missing or none.
+    #[error(
+        "freeze \"pid\" needs the process id, a number greater than 0: write pid=1234 or {{kind = \"pid\", pid = 1234}}"
+    )]
+    Pid,
+}
+
+const TRACKERS_SERVED: &str = "\"none\" and \"scan\"";
+const TRACKERS_LATER: &[&str] = &["pagemap", "bitmap"];
+const FREEZES_SERVED: &str = "\"none\" and \"pid=1234\"";
+const FREEZES_LATER: &[&str] = &["client", "cgroup", "command"];
+
+/// Takes `kind` out of a text or an object; the rest of the object is returned with it.
+fn kind(
+    value: Value,
+    what: &'static str,
+    served: &'static str,
+) -> Result<(String, Map<String, Value>), KindError> {
+    match value {
+        Value::String(kind) => Ok((kind, Map::new())),
+        Value::Object(mut members) => match members.remove("kind") {
+            Some(Value::String(kind)) => Ok((kind, members)),
+            _ => Err(KindError::Shape { what, served }),
+        },
+        _ => Err(KindError::Shape { what, served }),
+    }
+}
+
+fn no_more(
+    members: &Map<String, Value>,
+    what: &'static str,
+    kind: &'static str,
+) -> Result<(), KindError> {
+    match members.keys().next() {
+        None => Ok(()),
+        Some(member) => Err(KindError::Member {
+            what,
+            kind,
+            member: member.clone(),
+        }),
+    }
+}
+
+fn refused(what: &'static str, kind: &str, later: &[&str], served: &'static str) -> KindError {
+    // An error text must not carry a megabyte of somebody's input.
+    let short = kind.chars().take(64).collect();
+    // `cgroup=/path` on the command line is the kind `cgroup`.
+    if later.contains(&kind.split('=').next().unwrap_or(kind)) {
+        KindError::NotServed {
+            what,
+            kind: short,
+            served,
+        }
+    } else {
+        KindError::Unknown {
+            what,
+            kind: short,
+            served,
+        }
+    }
+}
+
+impl TryFrom<Value> for TrackerConfig {
+    type Error = KindError;
+
+    fn try_from(value: Value) -> Result<Self, KindError> {
+        let (kind, members) = kind(value, "tracker", TRACKERS_SERVED)?;
+        match kind.as_str() {
+            "none" => no_more(&members, "tracker", "none").map(|()| Self::None),
+            "scan" => no_more(&members, "tracker", "scan").map(|()| Self::Scan),
+            other => Err(refused("tracker", other, TRACKERS_LATER, TRACKERS_SERVED)),
+        }
+    }
+}
+
+impl TryFrom<Value> for FreezeConfig {
+    type Error = KindError;
+
+    fn try_from(value: Value) -> Result<Self, KindError> {
+        let (kind, mut members) = kind(value, "freeze", FREEZES_SERVED)?;
+        if let Some(pid) = kind.strip_prefix("pid=") {
+            let pid = pid.parse().ok().filter(|pid| *pid > 0);
+            no_more(&members, "freeze", "pid")?;
+            return pid.map(Self::Pid).ok_or(KindError::Pid);
+        }
+        match kind.as_str() {
+            "none" => no_more(&members, "freeze", "none").map(|()| Self::None),
+            "pid" => {
+                let pid = members.remove("pid").and_then(|pid| pid.as_i64());
+                no_more(&members, "freeze", "pid")?;
+                let pid = pid.and_then(|pid| i32::try_from(pid).ok());
+                let pid = pid.filter(|pid| *pid > 0).ok_or(KindError::Pid)?;
+                Ok(Self::Pid(pid))
+            }
+            other => Err(refused("freeze", other, FREEZES_LATER, FREEZES_SERVED)),
+        }
+    }
+}
+
+impl From<TrackerConfig> for Value {
+    fn from(tracker: TrackerConfig) -> Self {
+        json!({ "kind": tracker.to_string() })
+    }
+}
+
+impl From<FreezeConfig> for Value {
+    fn from(freeze: FreezeConfig) -> Self {
+        match freeze {
+            FreezeConfig::None => json!({ "kind": "none" }),
+            FreezeConfig::Pid(pid) => json!({ "kind": "pid", "pid": pid }),
+        }
+    }
+}
+
+impl FromStr for TrackerConfig {
+    type Err = KindError;
+    fn from_str(text: &str) -> Result<Self, KindError> {
+        Value::from(text).try_into()
+    }
+}
+
+impl FromStr for FreezeConfig {
+    type Err = KindError;
+    fn from_str(text: &str) -> Result<Self, KindError> {
+        Value::from(text).try_into()
+    }
+}
+
+impl fmt::Display for TrackerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Scan => "scan",
+        })
+    }
+}
+
+impl fmt::Display for FreezeConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Pid(pid) => write!(f, "pid={pid}"),
+        }
+    }
+}
+
+/// A `[[region]]` while its keys are read.
+#[derive(Debug, Default)]
+pub(super) struct RawRegion {
+    pub(super) name: Option<Name>,
+    pub(super) path: Option<PathBuf>,
+    pub(super) tracker: TrackerConfig,
+    pub(super) freeze: FreezeConfig,
+}
+
+/// Every key of `[[region]]`.
+pub(super) const KEYS: &[Key<RawRegion>] = &[
+    Key {
+        name: "name",
+        set: |to, given| {
+            to.name = Some(Name::new(given.text()?).map_err(Refusal::new)?);
+            Ok(())
+        },
+    },
+    Key {
+        name: "path",
+        set: |to, given| given.path().map(|path| to.path = Some(path)),
+    },
+    Key {
+        name: "tracker",
+        set: |to, given| {
+            to.tracker = given.value.clone().try_into().map_err(Refusal::new)?;
+            Ok(())
+        },
+    },
+    Key {
+        name: "freeze",
+        set: |to, given| {
+            to.freeze = given.value.clone().try_into().map_err(Refusal::new)?;
+            Ok(())
+        },
+    },
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tracker(value: Value) -> Result<TrackerConfig, String> {
+        serde_json::from_value(value).map_err(|error| error.to_string())
+    }
+
+    fn freeze(value: Value) -> Result<FreezeConfig, String> {
+        serde_json::from_value(value).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn kinds_are_objects_or_bare_texts() {
+        assert_eq!(tracker(json!("none")), Ok(TrackerConfig::None));
+        assert_eq!(tracker(json!({"kind": "scan"})), Ok(TrackerConfig::Scan));
+        assert_eq!(freeze(json!("none")), Ok(FreezeConfig::None));
+        let pid = freeze(json!({"kind": "pid", "pid": 7}));
+        assert_eq!(pid, Ok(FreezeConfig::Pid(7)));
+        assert_eq!("pid=7".parse(), Ok(FreezeConfig::Pid(7)));
+    }
+
+    #[test]
+    fn what_is_shown_reads_back_the_same() {
+        for freeze in [FreezeConfig::None, FreezeConfig::Pid(1234)] {
+            assert_eq!(freeze.to_string().parse(), Ok(freeze));
+            assert_eq!(Value::from(freeze).try_into(), Ok(freeze));
+        }
+        for tracker in [TrackerConfig::None, TrackerConfig::Scan] {
+            assert_eq!(tracker.to_string().parse(), Ok(tracker));
+            assert_eq!(Value::from(tracker).try_into(), Ok(tracker));
+        }
+    }
+
+    #[test]
+    fn what_this_version_does_not_serve_is_named() {
+        for kind in TRACKERS_LATER {
+            let text = tracker(json!({"kind": kind, "fdname": "x"})).unwrap_err();
+            assert!(text.contains(kind) && text.contains("\"scan\""), "{text}");
+        }
+        for kind in FREEZES_LATER {
+            let text = freeze(json!({"kind": kind})).unwrap_err();
+            assert!(text.contains("not served by this version"), "{text}");
+        }
+        let text = "cgroup=/x".parse::<FreezeConfig>().unwrap_err().to_string();
+        assert!(text.contains("not served by this version"), "{text}");
+        let text = tracker(json!("magic")).unwrap_err();
+        assert!(text.contains("there is no tracker \"magic\""), "{text}");
+    }
+
+    #[test]
+    fn refuses_members_and_numbers_that_make_no_sense() {
+        for value in [
+            json!(7),
+            json!({}),
+            json!({"kind": 3}),
+            json!({"kind": "none", "pid": 3}),
+            json!({"kind": "pid"}),
+            json!({"kind": "pid", "pid": 0}),
+            json!({"kind": "pid", "pid": -1}),
+            json!({"kind": "pid", "pid": 4_294_967_297_u64}),
+            json!({"kind": "pid", "pid": 3, "path": "x"}),
+            json!("pid"),
+            json!("pid=0"),
+            json!("pid=-5"),
+            json!("pid=x"),
+        ] {
+            assert!(freeze(value.clone()).is_err(), "{value}");
+        }
+        let text = tracker(json!({"kind": "scan", "x": 1})).unwrap_err();
+        assert!(text.contains("takes no \"x\""), "{text}");
+    }
+}
