@@ -4,4 +4,5 @@
 //! anything. Policy lives in the callers.
 
 pub mod msg;
+pub mod scm;
 pub mod wake;
