@@ -100,6 +100,7 @@ pub struct Connection {
     scanned: usize,
     events: VecDeque<Event>,
     next_id: u64,
+    answer_deadline: Duration,
 }
 
 impl Connection {
@@ -122,9 +123,15 @@ impl Connection {
             scanned: 0,
             events: VecDeque::new(),
             next_id: 0,
+            answer_deadline: ANSWER_DEADLINE,
         };
         connection.negotiate()?;
         Ok(connection)
+    }
+
+    /// Waits for answers no longer than this from now on, instead of a minute.
+    pub fn set_answer_deadline(&mut self, deadline: Duration) {
+        self.answer_deadline = deadline;
     }
 
     /// Sends a command and waits for its answer. `arguments` is an object, or null for none.
@@ -138,7 +145,7 @@ impl Connection {
         }
         self.send(request.to_string().as_bytes())
             .map_err(|error| self.broken(doing(), error))?;
-        let deadline = Instant::now() + ANSWER_DEADLINE;
+        let deadline = Instant::now() + self.answer_deadline;
         loop {
             let message = self
                 .message(deadline)

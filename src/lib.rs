@@ -7,6 +7,7 @@
 //! `docs/architecture.md` has the map: which file does what, and what each layer must not know.
 
 pub mod channel;
+pub mod cli;
 pub mod client;
 pub mod control;
 pub mod limits;
