@@ -140,7 +140,8 @@ impl Freeze {
 /// Arguments of `memferry migrate`.
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
-    /// The receiver: tcp:HOST[:PORT], tls:HOST[:PORT], unix:PATH, vsock:CID:PORT.
+    /// The receiver: tcp:HOST:PORT, tls:HOST:PORT, unix:PATH or vsock:CID:PORT. The port may be left
+    /// out of the first two, and an IPv6 address stands in brackets.
     pub uri: String,
     /// Name of this transfer, for `status` and `cancel`; made up if not given.
     #[arg(long)]
