@@ -2,6 +2,7 @@
 //! or JSON. What is shown is computed from `query-migrate` alone, and any member of it may be missing.
 
 use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -9,9 +10,13 @@ use serde_json::{Value, json};
 
 use super::args::ProgressMode;
 use super::output::{bytes, note, number, seconds, text};
+use crate::sys::terminal;
 
 /// Time between two lines in a log.
 const LINE_EVERY: Duration = Duration::from_secs(1);
+
+/// The width of a terminal that does not tell.
+const COLUMNS_DEFAULT: usize = 80;
 
 /// Below this a terminal has no room for the bar.
 const BAR_COLUMNS_MIN: usize = 60;
@@ -119,7 +124,7 @@ pub struct Progress(Shown);
 
 #[derive(Debug)]
 enum Shown {
-    Bar { bar: ProgressBar, columns: usize },
+    Bar(ProgressBar),
     Lines { json: bool, last: Option<Instant> },
     Nothing,
 }
@@ -132,7 +137,10 @@ impl Progress {
             && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
         Self(match mode {
             ProgressMode::None => Shown::Nothing,
-            ProgressMode::Auto if terminal => Shown::bar(),
+            ProgressMode::Auto if terminal => Shown::Bar(ProgressBar::with_draw_target(
+                Some(0),
+                ProgressDrawTarget::stderr(),
+            )),
             ProgressMode::Auto | ProgressMode::Json => Shown::Lines {
                 json: mode == ProgressMode::Json,
                 last: None,
@@ -145,10 +153,18 @@ impl Progress {
         let snapshot = Snapshot::new(answer);
         match &mut self.0 {
             Shown::Nothing => {}
-            Shown::Bar { bar, columns } => {
+            Shown::Bar(bar) => {
+                let columns = columns();
+                let taken = if columns < BAR_COLUMNS_MIN {
+                    bar.set_style(style("{msg}"));
+                    0
+                } else {
+                    bar.set_style(style("[{bar:12}] {msg}"));
+                    "[            ] ".len()
+                };
+                bar.set_message(snapshot.line(columns.saturating_sub(taken)));
                 bar.set_length(snapshot.total);
                 bar.set_position(snapshot.done());
-                bar.set_message(snapshot.line(*columns));
             }
             Shown::Lines { json, last } => {
                 if last.is_some_and(|last| last.elapsed() < LINE_EVERY) {
@@ -167,7 +183,7 @@ impl Progress {
     /// Says something without tearing the moving line. JSON progress stays JSON.
     pub fn say(&self, message: &str) {
         match &self.0 {
-            Shown::Bar { bar, .. } => bar.suspend(|| note(message)),
+            Shown::Bar(bar) => bar.suspend(|| note(message)),
             Shown::Lines { json: true, .. } => note(json!({"note": message})),
             Shown::Lines { .. } | Shown::Nothing => note(message),
         }
@@ -175,35 +191,27 @@ impl Progress {
 
     /// Removes the moving line.
     pub fn finish(&self) {
-        if let Shown::Bar { bar, .. } = &self.0 {
+        if let Shown::Bar(bar) = &self.0 {
             bar.finish_and_clear();
         }
     }
 }
 
-impl Shown {
-    /// No colours at all, so `NO_COLOR` asks for nothing more. indicatif cuts the message at the width of
-    /// the terminal; `COLUMNS`, when set, decides which parts are worth showing.
-    fn bar() -> Self {
-        let columns = std::env::var("COLUMNS")
-            .ok()
-            .and_then(|text| text.parse().ok());
-        let wide = columns.is_none_or(|columns: usize| columns >= BAR_COLUMNS_MIN);
-        let template = if wide {
-            "[{bar:12}] {wide_msg}"
-        } else {
-            "{wide_msg}"
-        };
-        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style.progress_chars("=> "));
-        }
-        let taken = if wide { "[            ] ".len() } else { 0 };
-        Self::Bar {
-            bar,
-            columns: columns.map_or(usize::MAX, |columns| columns.saturating_sub(taken)),
-        }
-    }
+/// No colours at all, so `NO_COLOR` asks for nothing more.
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ")
+}
+
+/// The width to fill, asked anew for every line because windows are resized; `COLUMNS` overrules. One
+/// column stays free: some terminals wrap when the last one is written.
+fn columns() -> usize {
+    let told = std::env::var("COLUMNS")
+        .ok()
+        .and_then(|text| text.parse().ok());
+    let columns = told.or_else(|| terminal::columns(io::stderr().as_fd()));
+    columns.unwrap_or(COLUMNS_DEFAULT).saturating_sub(1)
 }
 
 #[cfg(test)]
@@ -234,7 +242,7 @@ mod tests {
             assert!(line.chars().count() <= width, "{width}: {line}");
             assert!(snapshot().line(usize::MAX).starts_with(&line));
         }
-        assert_eq!(snapshot().line(40), "active  75 %  3.0 GiB/4.0 GiB");
+        assert_eq!(snapshot().line(39), "active  75 %  3.0 GiB/4.0 GiB");
         assert_eq!(snapshot().line(12), "active  75 %");
     }
 

@@ -5,4 +5,5 @@
 
 pub mod msg;
 pub mod scm;
+pub mod terminal;
 pub mod wake;
