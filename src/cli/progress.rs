@@ -162,9 +162,9 @@ impl Progress {
                     bar.set_style(style("[{bar:12}] {msg}"));
                     "[            ] ".len()
                 };
-                bar.set_message(snapshot.line(columns.saturating_sub(taken)));
                 bar.set_length(snapshot.total);
                 bar.set_position(snapshot.done());
+                bar.set_message(snapshot.line(columns.saturating_sub(taken)));
             }
             Shown::Lines { json, last } => {
                 if last.is_some_and(|last| last.elapsed() < LINE_EVERY) {

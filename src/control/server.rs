@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
@@ -68,9 +69,19 @@ impl Server {
             _ => Path::new("."),
         };
         fs::create_dir_all(directory).map_err(named)?;
-        // Two daemons that start at once must not both find the file stale and replace it.
-        let _one_at_a_time = Flock::lock(File::open(directory)?, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| named(errno.into()))?;
+        // Two daemons that start at once must not both find the file stale and replace it. Not waiting:
+        // whoever can read the directory can hold its lock for ever.
+        let directory = File::open(directory).map_err(named)?;
+        let _one_at_a_time =
+            Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+                match errno {
+                    Errno::EWOULDBLOCK => io::Error::new(
+                        io::ErrorKind::AddrInUse,
+                        format!("another daemon is just starting on {}", path.display()),
+                    ),
+                    errno => named(errno.into()),
+                }
+            })?;
         remove_stale(path)?;
         let listener = StdListener::bind(path).map_err(named)?;
         let file = SocketFile::new(path).map_err(named)?;
@@ -189,7 +200,10 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
+        Err(error) => {
+            let text = format!("{}: {error}", path.display());
+            return Err(io::Error::new(error.kind(), text));
+        }
         Ok(found) if !found.file_type().is_socket() => {
             return in_use("there is something other than a socket at");
         }

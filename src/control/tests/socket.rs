@@ -138,3 +138,21 @@ async fn a_refused_user_is_told_which_key_to_change() {
     stop.cancel();
     serving.await.unwrap();
 }
+
+#[tokio::test]
+async fn two_daemons_that_start_at_once_do_not_replace_each_other() {
+    use nix::fcntl::{Flock, FlockArg};
+    let directory = tempfile::tempdir().unwrap();
+    let first = std::fs::File::open(directory.path()).unwrap();
+    let starting = Flock::lock(first, FlockArg::LockExclusive).unwrap();
+    let path = directory.path().join("control.sock");
+    let error = Server::bind(&path, Access::default()).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("another daemon is just starting on "),
+        "{error}"
+    );
+    drop(starting);
+    Server::bind(&path, Access::default()).unwrap();
+}
