@@ -8,7 +8,10 @@
 
 pub mod assembly;
 pub mod channel;
+pub mod cli;
+pub mod client;
 pub mod config;
+pub mod control;
 pub mod dirty;
 pub mod endpoint;
 pub mod freeze;

@@ -76,6 +76,18 @@ pub const CONTROL_ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Descriptors one control connection may hold by name.
 pub const CONTROL_FDS_MAX: usize = 1024;
 
+/// Brackets inside brackets in one request on the control socket.
+pub const CONTROL_NESTING_MAX: u32 = 64;
+
+/// In-band commands of one control connection that are begun and not answered; QEMU has the same.
+pub const CONTROL_IN_BAND_MAX: usize = 8;
+
+/// Out-of-band commands of one control connection that run at once.
+pub const CONTROL_OUT_OF_BAND_MAX: usize = 8;
+
+/// Events waiting for one control client, in bytes. Above it further events are dropped.
+pub const CONTROL_EVENT_QUEUE_BYTES_MAX: usize = 256 * 1024;
+
 /// Spans handed to one system call: the kernel's `UIO_MAXIOV`.
 pub const IOV_MAX: usize = 1024;
 

@@ -1,3 +1,7 @@
 //! The `memferry` binary.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    memferry::cli::run()
+}

@@ -6,5 +6,10 @@
 pub mod errqueue;
 pub mod file;
 pub mod msg;
+<<<<<<< HEAD
 pub mod process;
+=======
+pub mod scm;
+pub mod terminal;
+>>>>>>> control
 pub mod wake;

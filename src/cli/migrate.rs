@@ -1,0 +1,272 @@
+//! `memferry migrate` and `memferry cancel`: start a transfer, show it, wait for its end.
+//!
+//! The daemon moves the memory whether or not anyone watches. Losing the daemon while waiting therefore
+//! says nothing about the transfer: exit code 3, and `memferry status` tells once the daemon is back.
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use serde_json::{Value, json};
+
+use super::args::MigrateArgs;
+use super::exit::Exit;
+use super::output::{line, note, text};
+use super::progress::Progress;
+use super::status::{print_summary, query};
+use crate::client::{ClientError, Connection};
+
+/// Time between two looks at the transfer, in milliseconds. An event makes it sooner.
+const LOOK_EVERY_MS: u16 = 200;
+
+/// How long one look may take. Ctrl-C is not heard meanwhile.
+const LOOK_DEADLINE: Duration = Duration::from_secs(5);
+
+pub(super) fn run(socket: &Path, args: &MigrateArgs) -> Result<Exit, ClientError> {
+    let mut connection = Connection::connect(socket)?;
+    // From here on Ctrl-C is a wish, not an end: the daemon may have accepted already.
+    let interrupts = (!args.detach && !args.dry_run)
+        .then(Interrupts::new)
+        .flatten();
+    let accepted = connection.execute("migrate", request(args))?;
+    if args.dry_run {
+        print_plan(&accepted, args.json);
+        return Ok(Exit::Done);
+    }
+    let id = accepted["id"].as_str().map(str::to_owned);
+    let id = id.or_else(|| args.id.as_ref().map(ToString::to_string));
+    if args.detach {
+        if args.json {
+            line(json!({"id": id}));
+        } else {
+            line(id.unwrap_or_default());
+        }
+        return Ok(Exit::Done);
+    }
+    connection.set_answer_deadline(LOOK_DEADLINE);
+    let mut watch = Watch {
+        connection,
+        id,
+        progress: Progress::new(args.progress),
+        interrupts,
+        cancel_asked: false,
+    };
+    let ended = watch.until_ended();
+    watch.progress.finish();
+    let last = match ended {
+        Ok(Some(last)) => last,
+        Ok(None) => return Ok(Exit::Interrupted),
+        Err(error) => {
+            note("The transfer may still be running: ask again with `memferry status`.");
+            return Err(error);
+        }
+    };
+    if args.json {
+        line(&last);
+    } else {
+        print_summary(&last);
+    }
+    if last["status"] == "indeterminate" {
+        note(
+            "The receiver was told to take over and has not said whether it did; the writer stays stopped \
+             until it does, or until you decide with `migrate-resolve` on the control socket.",
+        );
+    }
+    Ok(Exit::of_transfer(&last))
+}
+
+pub(super) fn cancel(socket: &Path, id: Option<&str>) -> Result<(), ClientError> {
+    let mut connection = Connection::connect(socket)?;
+    connection.execute("migrate_cancel", query(id)).map(|_| ())
+}
+
+/// The arguments of `migrate`. Parameters are members of it.
+fn request(args: &MigrateArgs) -> Value {
+    let mut arguments = json!({"uri": args.uri});
+    for (key, value) in &args.settings {
+        arguments[key] = value.clone();
+    }
+    if let Some(id) = &args.id {
+        arguments["id"] = json!(id);
+    }
+    if !args.regions.is_empty() {
+        arguments["regions"] = json!(args.regions);
+    }
+    if args.dry_run {
+        arguments["dry-run"] = json!(true);
+    }
+    arguments
+}
+
+/// What would be done, one member a line.
+fn print_plan(plan: &Value, as_json: bool) {
+    match plan.as_object() {
+        Some(members) if !as_json => {
+            for (name, value) in members {
+                line(format_args!("{name}: {}", text(value)));
+            }
+        }
+        _ => line(plan),
+    }
+}
+
+/// One transfer being watched.
+struct Watch {
+    connection: Connection,
+    id: Option<String>,
+    progress: Progress,
+    interrupts: Option<Interrupts>,
+    cancel_asked: bool,
+}
+
+impl Watch {
+    /// The last `query-migrate`; nothing if the user left the transfer to itself.
+    fn until_ended(&mut self) -> Result<Option<Value>, ClientError> {
+        loop {
+            let answer = self
+                .connection
+                .execute("query-migrate", query(self.id.as_deref()))?;
+            self.progress.show(&answer);
+            if has_ended(&answer) {
+                return Ok(Some(answer));
+            }
+            if self.interrupted() {
+                if self.cancel_asked {
+                    self.progress.finish();
+                    note(format_args!(
+                        "left running: see `memferry status {}`",
+                        self.id.as_deref().unwrap_or_default()
+                    ));
+                    return Ok(None);
+                }
+                self.ask_to_cancel()?;
+            }
+        }
+    }
+
+    fn ask_to_cancel(&mut self) -> Result<(), ClientError> {
+        self.cancel_asked = true;
+        self.progress
+            .say("cancelling; press Ctrl-C again to leave the transfer running");
+        let asked = self
+            .connection
+            .execute("migrate_cancel", query(self.id.as_deref()));
+        match asked {
+            Ok(_) => Ok(()),
+            // It may be too late for that. The transfer then ends by itself, and soon.
+            Err(ClientError::Command { desc, .. }) => {
+                self.progress.say(&format!("not cancelled: {desc}"));
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits for the time to look again, an event, or Ctrl-C; says whether it was Ctrl-C.
+    fn interrupted(&mut self) -> bool {
+        // Events only tell that something has changed; `query-migrate` says what.
+        while let Ok(Some(_)) = self.connection.next_event(Duration::ZERO) {}
+        let mut fds = vec![PollFd::new(self.connection.as_fd(), PollFlags::POLLIN)];
+        if let Some(interrupts) = &self.interrupts {
+            fds.push(PollFd::new(interrupts.0.as_fd(), PollFlags::POLLIN));
+        }
+        // An interrupted wait is only a short one.
+        let _ = poll(&mut fds, PollTimeout::from(LOOK_EVERY_MS));
+        self.interrupts.as_ref().is_some_and(Interrupts::take)
+    }
+}
+
+fn has_ended(answer: &Value) -> bool {
+    matches!(
+        answer["status"].as_str(),
+        Some("completed" | "failed" | "cancelled" | "indeterminate")
+    )
+}
+
+/// Ctrl-C as something to read instead of the end of the process.
+#[derive(Debug)]
+struct Interrupts(SignalFd);
+
+impl Interrupts {
+    /// `None` if that cannot be had; then Ctrl-C ends the command and the transfer goes on.
+    fn new() -> Option<Self> {
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGINT);
+        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).ok()?;
+        // Blocked only now, so that a signal is never held back with nobody to read it.
+        set.thread_block().ok()?;
+        Some(Self(fd))
+    }
+
+    /// Whether Ctrl-C was pressed since the last call.
+    fn take(&self) -> bool {
+        loop {
+            match self.0.read_signal() {
+                Ok(found) => return found.is_some(),
+                Err(Errno::EINTR) => {}
+                Err(_) => return false,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+    use clap::Parser;
+
+    fn typed(arguments: &[&str]) -> Value {
+        let line = ["memferry", "migrate"].iter().chain(arguments);
+        match Cli::try_parse_from(line).unwrap().command {
+            Command::Migrate(args) => request(&args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_request_has_what_was_typed_and_nothing_else() {
+        assert_eq!(typed(&["tcp:h:1"]), json!({"uri": "tcp:h:1"}));
+        assert_eq!(
+            typed(&[
+                "unix:/x",
+                "--id",
+                "a",
+                "--region",
+                "r1",
+                "--region",
+                "r2",
+                "--set",
+                "streams=8",
+                "--set",
+                "max-bandwidth=1GiB/s",
+                "--dry-run",
+            ]),
+            json!({"uri": "unix:/x", "id": "a", "regions": ["r1", "r2"], "streams": 8,
+                   "max-bandwidth": "1GiB/s", "dry-run": true})
+        );
+    }
+
+    #[test]
+    fn only_final_states_end_the_wait() {
+        for status in [
+            "setup",
+            "active",
+            "pre-switchover",
+            "device",
+            "completing",
+            "cancelling",
+            "paused",
+            "recover",
+        ] {
+            assert!(!has_ended(&json!({"status": status})), "{status}");
+        }
+        for status in ["completed", "failed", "cancelled", "indeterminate"] {
+            assert!(has_ended(&json!({"status": status})), "{status}");
+        }
+    }
+}
