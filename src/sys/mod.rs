@@ -6,10 +6,7 @@
 pub mod errqueue;
 pub mod file;
 pub mod msg;
-<<<<<<< HEAD
 pub mod process;
-=======
 pub mod scm;
 pub mod terminal;
->>>>>>> control
 pub mod wake;
