@@ -14,6 +14,7 @@
 //!                     └── events ◄── EventBus ◄── anyone in the daemon
 //! ```
 
+use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
 
@@ -128,16 +129,16 @@ pub struct CommandError {
     /// For a person.
     pub desc: String,
     /// For a program: stable, sent as `error.x-code`.
-    pub code: &'static str,
+    pub code: Cow<'static, str>,
 }
 
 impl CommandError {
     /// A `GenericError`.
-    pub fn new(code: &'static str, desc: impl Into<String>) -> Self {
+    pub fn new(code: impl Into<Cow<'static, str>>, desc: impl Into<String>) -> Self {
         Self {
             class: ErrorClass::GenericError,
             desc: desc.into(),
-            code,
+            code: code.into(),
         }
     }
 

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 use crate::assembly::{Assembly, Incoming};
-use crate::channel::{Channel, WriteFlags, read_exact_into, writev_all};
+use crate::channel::{Channel, Patience, WriteFlags, read_exact_into, writev_all};
 use crate::limits::BLOCK_LEN;
 use crate::pages::PageRange;
 use crate::region::{Region, Span, SpanMut};
 use crate::stats::Counter;
+use crate::sys::wake::Wake;
 use crate::wire::{
     Ack, DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Table, TornTable,
     blocks, crc32c,
@@ -28,6 +29,19 @@ pub trait Destination: Send + Sync + std::fmt::Debug {
     fn clear(&self, range: PageRange) -> io::Result<()>;
 }
 
+/// What the streams of an attempt share.
+#[derive(Debug)]
+pub struct IncomingSetup<D> {
+    /// The account of what has arrived.
+    pub assembly: Arc<Assembly>,
+    /// Where it goes, in the order of the offer.
+    pub destinations: Arc<[D]>,
+    /// Whether payload carries checksums.
+    pub integrity: bool,
+    /// Counts payload bytes.
+    pub received: Arc<Counter>,
+}
+
 /// One stream of the receiver. Runs on a thread of its own.
 #[derive(Debug)]
 pub struct IncomingStream<D> {
@@ -38,6 +52,7 @@ pub struct IncomingStream<D> {
     integrity: bool,
     stall_seconds: f32,
     received: Arc<Counter>,
+    wake: Wake,
     table: Table,
     table_bytes: Vec<u8>,
     torn: TornTable,
@@ -45,25 +60,24 @@ pub struct IncomingStream<D> {
 }
 
 impl<D: Destination> IncomingStream<D> {
-    /// A stream over `channel`, whose preamble has been answered. `received` counts payload bytes.
+    /// A stream over `channel`, whose preamble has been answered and which ends its waits by the
+    /// `patience`.
     #[must_use]
     pub fn new(
         index: u16,
         channel: Box<dyn Channel>,
-        assembly: Arc<Assembly>,
-        destinations: Arc<[D]>,
-        integrity: bool,
-        stall_seconds: f32,
-        received: Arc<Counter>,
+        patience: &Patience,
+        setup: &IncomingSetup<D>,
     ) -> Self {
         Self {
             index,
             channel,
-            assembly,
-            destinations,
-            integrity,
-            stall_seconds,
-            received,
+            assembly: Arc::clone(&setup.assembly),
+            destinations: Arc::clone(&setup.destinations),
+            integrity: setup.integrity,
+            stall_seconds: patience.stall_timeout.as_secs_f32(),
+            received: Arc::clone(&setup.received),
+            wake: patience.wake.clone(),
             table: Table::default(),
             table_bytes: Vec::new(),
             torn: TornTable::default(),
@@ -78,6 +92,10 @@ impl<D: Destination> IncomingStream<D> {
             // Between packets silence is no stall: the sender may be scanning, or have nothing to
             // send. Whether it is alive is told by the conversation's heartbeats.
             while !self.wait_readable()? {}
+            // A sender that never pauses would never let a wait end.
+            if self.wake.is_awake() {
+                return Err(StreamError::Ended);
+            }
             let mut header = [0; HEADER_BYTES];
             if !self.read(&mut [SpanMut::of_slice(&mut header)])? {
                 return Ok(());

@@ -14,6 +14,6 @@ mod outgoing;
 mod pace;
 
 pub use error::StreamError;
-pub use incoming::{Destination, IncomingStream};
+pub use incoming::{Destination, IncomingSetup, IncomingStream};
 pub use outgoing::{Job, OutgoingStream, Pass, Report, StreamSetup, ZeroCopyWish};
 pub use pace::Pace;

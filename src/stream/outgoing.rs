@@ -44,6 +44,8 @@ pub struct Job {
 /// What a stream says when its part of a job is done: everything it sent is released and applied.
 #[derive(Debug, Default)]
 pub struct Report {
+    /// The stream.
+    pub stream: u16,
     /// Runs that arrived torn, by index of their Region; they stay owed.
     pub torn: Vec<(u32, PageRange)>,
     /// Pages sent, or in a check found changed.
@@ -154,7 +156,10 @@ impl OutgoingStream {
     /// Takes its share of a job. When this returns `Ok`, nothing of ours is lent any more and all of
     /// it is applied at the receiver.
     pub fn run(&mut self, job: &Job) -> Result<Report, StreamError> {
-        let mut report = Report::default();
+        let mut report = Report {
+            stream: self.index,
+            ..Report::default()
+        };
         while job.plan.next(&mut self.piece) {
             if self.setup.wake.is_awake() {
                 return Err(StreamError::Ended);

@@ -42,6 +42,9 @@ pub struct Hex128(pub [u8; 16]);
 pub type Token = Hex128;
 
 impl Hex128 {
+    /// No token: what a conversation's preamble carries.
+    pub const ZERO: Self = Self([0; 16]);
+
     /// Fresh random bits from the kernel.
     pub fn random() -> std::io::Result<Self> {
         let mut bytes = [0; 16];

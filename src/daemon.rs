@@ -1,0 +1,81 @@
+//! What both daemons do the same: start, wait for their end, say why they could not.
+
+use std::io;
+use std::path::Path;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{ConfigError, ControlConfig, LogConfig, Warning};
+use crate::control::Access;
+
+/// Why a daemon ended.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Its configuration makes no sense.
+    #[error(transparent)]
+    Configuration(#[from] ConfigError),
+    /// It could not get something it cannot do without.
+    #[error("cannot {doing}: {source}")]
+    Setup {
+        /// What it tried.
+        doing: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl DaemonError {
+    /// For `map_err`: what was tried.
+    pub fn setup(doing: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let doing = doing.into();
+        move |source| Self::Setup { doing, source }
+    }
+}
+
+/// Starts the log and tells it what the configuration's reader had to remark.
+pub fn start_log(path: &Path, config: &LogConfig, warnings: &[Warning]) -> Result<(), ConfigError> {
+    crate::log::init(config)?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %path.display(), "starting");
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(())
+}
+
+/// Runs the control plane of a daemon on the calling thread.
+pub fn block_on<T>(future: impl Future<Output = Result<T, DaemonError>>) -> Result<T, DaemonError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime
+        .map_err(DaemonError::setup("start the event loop"))?
+        .block_on(future)
+}
+
+/// Who may use the control socket.
+#[must_use]
+pub fn access(config: &ControlConfig) -> Access {
+    Access {
+        uids: config.allow_uids.clone(),
+        gids: config.allow_gids.clone(),
+    }
+}
+
+/// Cancels `shutdown` at SIGTERM or SIGINT.
+pub fn stop_on_signals(shutdown: CancellationToken) -> Result<(), DaemonError> {
+    let install = |kind| signal(kind).map_err(DaemonError::setup("listen for signals"));
+    let (mut terminate, mut interrupt) = (
+        install(SignalKind::terminate())?,
+        install(SignalKind::interrupt())?,
+    );
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+        shutdown.cancel();
+    });
+    Ok(())
+}

@@ -1,0 +1,307 @@
+//! The peer conversation: connections, preambles, and messages with a heartbeat under them.
+//!
+//! A conversation is a reader task and a heartbeat task around one connection. Whoever holds it reads
+//! messages at leisure; silence longer than the stall timeout, a broken connection and damaged bytes
+//! all arrive as the one error that ends it. What is said is the business of `sender` and `receiver`.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::timeout;
+use tokio_util::either::Either;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::endpoint::Endpoint;
+use crate::wire::{
+    FRAME_BYTES, FrameHeader, FromReceiver, FromSender, PREAMBLE_BYTES, Preamble, Purpose, Status,
+    VERSION, VERSION_OLDEST, WireError,
+};
+
+/// Messages that may wait for their reader. The protocol never has more than a few under way.
+const MESSAGES_WAITING_MAX: usize = 16;
+
+/// A connection of either kind.
+pub type Connection = Either<TcpStream, UnixStream>;
+
+/// Why there is no conversation (any more).
+#[derive(Debug, thiserror::Error)]
+pub enum PeerError {
+    /// Nobody could be reached.
+    #[error("cannot connect to {endpoint}: {source}: is a receiver listening there?")]
+    Connect {
+        /// Where.
+        endpoint: Endpoint,
+        /// Why.
+        source: io::Error,
+    },
+    /// The connection broke or was closed.
+    #[error("the connection to the peer was lost: {0}")]
+    Lost(io::Error),
+    /// The peer said nothing, not even a heartbeat.
+    #[error("the peer said nothing for {seconds} s (stall-timeout)")]
+    Silent {
+        /// How long.
+        seconds: f32,
+    },
+    /// The peer sent what is not the protocol.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The peer speaks other versions.
+    #[error(
+        "the peer speaks protocol versions {oldest} to {newest}, this side {VERSION_OLDEST} to {VERSION}: upgrade the older one"
+    )]
+    Version {
+        /// Its oldest.
+        oldest: u16,
+        /// Its newest.
+        newest: u16,
+    },
+    /// The peer turned the connection away.
+    #[error("the peer turned the connection away: {0}")]
+    Turned(&'static str),
+}
+
+impl PeerError {
+    /// The stable code under which this error is reported.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Connect { .. } => "unreachable",
+            Self::Lost(_) => "connection-lost",
+            Self::Silent { .. } => "peer-silent",
+            Self::Wire(error) => error.code(),
+            Self::Version { .. } => "version",
+            Self::Turned(_) => "refused",
+        }
+    }
+}
+
+/// Connects to a receiver and introduces the connection. Waits at most `patience` for each step.
+pub async fn connect(
+    endpoint: &Endpoint,
+    preamble: Preamble,
+    patience: Duration,
+) -> Result<Connection, PeerError> {
+    let unreachable = |source| PeerError::Connect {
+        endpoint: endpoint.clone(),
+        source,
+    };
+    let connecting = async {
+        match endpoint {
+            Endpoint::Tcp { host, port } => {
+                let stream = TcpStream::connect((host.as_str(), *port)).await?;
+                stream.set_nodelay(true)?;
+                Ok(Either::Left(stream))
+            }
+            Endpoint::Unix(path) => UnixStream::connect(path).await.map(Either::Right),
+        }
+    };
+    let mut connection = match timeout(patience, connecting).await {
+        Ok(connected) => connected.map_err(unreachable)?,
+        Err(_) => return Err(unreachable(io::ErrorKind::TimedOut.into())),
+    };
+    let exchange = async {
+        connection
+            .write_all(&preamble.encode())
+            .await
+            .map_err(PeerError::Lost)?;
+        read_preamble(&mut connection).await
+    };
+    let Ok(answer) = timeout(patience, exchange).await else {
+        return Err(PeerError::Silent {
+            seconds: patience.as_secs_f32(),
+        });
+    };
+    check_answer(preamble.purpose, &answer?)?;
+    Ok(connection)
+}
+
+/// Reads a preamble. Not bounded in time: the caller is.
+pub async fn read_preamble(connection: &mut Connection) -> Result<Preamble, PeerError> {
+    let mut bytes = [0; PREAMBLE_BYTES];
+    connection
+        .read_exact(&mut bytes)
+        .await
+        .map_err(PeerError::Lost)?;
+    Ok(Preamble::decode(&bytes)?)
+}
+
+fn check_answer(purpose: Purpose, answer: &Preamble) -> Result<(), PeerError> {
+    let reason = match answer.status {
+        Status::Ok if answer.purpose != purpose => "it answered another kind of connection",
+        Status::Ok => return Ok(()),
+        Status::Version => {
+            return Err(PeerError::Version {
+                oldest: answer.version_oldest,
+                newest: answer.version,
+            });
+        }
+        Status::Token => "no transfer has this token",
+        Status::Epoch => "the connection belongs to an epoch that is over",
+        Status::Stream => "that stream is connected already",
+        Status::Peer => "this host's address is not in its receive.allow-peers",
+        Status::Busy => "it takes no further transfers now (receive.max-transfers)",
+    };
+    Err(PeerError::Turned(reason))
+}
+
+/// The connection as a descriptor, for a stream's thread. It stays non-blocking.
+pub fn into_descriptor(connection: Connection) -> io::Result<OwnedFd> {
+    match connection {
+        Either::Left(tcp) => Ok(tcp.into_std()?.into()),
+        Either::Right(unix) => Ok(unix.into_std()?.into()),
+    }
+}
+
+/// Messages of one direction.
+pub trait Message: Serialize + DeserializeOwned + Send + 'static {
+    /// The heartbeat.
+    fn alive() -> Self;
+    /// Whether this is it.
+    fn is_alive(&self) -> bool;
+}
+
+impl Message for FromSender {
+    fn alive() -> Self {
+        Self::Alive {}
+    }
+    fn is_alive(&self) -> bool {
+        matches!(self, Self::Alive {})
+    }
+}
+
+impl Message for FromReceiver {
+    fn alive() -> Self {
+        Self::Alive {}
+    }
+    fn is_alive(&self) -> bool {
+        matches!(self, Self::Alive {})
+    }
+}
+
+/// One side of a peer conversation: sends `Out`, hears `In`.
+#[derive(Debug)]
+pub struct Conversation<Out, In> {
+    writer: Arc<Mutex<WriteHalf<Connection>>>,
+    incoming: mpsc::Receiver<Result<In, PeerError>>,
+    patience: Duration,
+    _reader: AbortOnDropHandle<()>,
+    _heart: AbortOnDropHandle<()>,
+    _out: std::marker::PhantomData<fn(Out)>,
+}
+
+impl<Out: Message, In: Message> Conversation<Out, In> {
+    /// Starts a conversation over a connection whose preambles are exchanged. The peer may be silent
+    /// for `patience` before it counts as gone.
+    #[must_use]
+    pub fn start(connection: Connection, patience: Duration) -> Self {
+        let (reader, writer) = tokio::io::split(connection);
+        let writer = Arc::new(Mutex::new(writer));
+        let (messages, incoming) = mpsc::channel(MESSAGES_WAITING_MAX);
+        let heart = beat(
+            Arc::clone(&writer),
+            FrameHeader::frame(&Out::alive()),
+            patience,
+        );
+        Self {
+            writer,
+            incoming,
+            patience,
+            _reader: AbortOnDropHandle::new(tokio::spawn(listen(reader, messages, patience))),
+            _heart: AbortOnDropHandle::new(tokio::spawn(heart)),
+            _out: std::marker::PhantomData,
+        }
+    }
+
+    /// Says `message`; returns when the kernel has all of it.
+    pub async fn say(&self, message: &Out) -> Result<(), PeerError> {
+        let frame = FrameHeader::frame(message);
+        let write = async { self.writer.lock().await.write_all(&frame).await };
+        match timeout(self.patience, write).await {
+            Ok(written) => written.map_err(PeerError::Lost),
+            Err(_) => Err(PeerError::Silent {
+                seconds: self.patience.as_secs_f32(),
+            }),
+        }
+    }
+
+    /// The next message that is not a heartbeat. Dropping the future loses nothing.
+    pub async fn hear(&mut self) -> Result<In, PeerError> {
+        match self.incoming.recv().await {
+            Some(message) => message,
+            None => Err(PeerError::Lost(io::ErrorKind::NotConnected.into())),
+        }
+    }
+}
+
+async fn beat(writer: Arc<Mutex<WriteHalf<Connection>>>, frame: Vec<u8>, patience: Duration) {
+    // Four beats within the peer's patience, and one a second if it is long: a lost packet or a busy
+    // second is not yet a death.
+    let pause = (patience / 4).min(Duration::from_secs(1));
+    loop {
+        tokio::time::sleep(pause).await;
+        // The reader notices what is wrong with the connection.
+        if writer.lock().await.write_all(&frame).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn listen<In: Message>(
+    mut reader: ReadHalf<Connection>,
+    messages: mpsc::Sender<Result<In, PeerError>>,
+    patience: Duration,
+) {
+    loop {
+        let read = match timeout(patience, read_message(&mut reader)).await {
+            Ok(read) => read,
+            Err(_) => Err(PeerError::Silent {
+                seconds: patience.as_secs_f32(),
+            }),
+        };
+        let last = read.is_err();
+        if read.as_ref().is_ok_and(Message::is_alive) {
+            continue;
+        }
+        if messages.send(read).await.is_err() || last {
+            return;
+        }
+    }
+}
+
+/// Reads one message. Not bounded in time: the caller is.
+pub async fn read_message<In: Message>(
+    reader: &mut (impl AsyncRead + Unpin),
+) -> Result<In, PeerError> {
+    let mut header = [0; FRAME_BYTES];
+    reader
+        .read_exact(&mut header)
+        .await
+        .map_err(PeerError::Lost)?;
+    let header = FrameHeader::decode(&header)?;
+    let mut body = vec![0; header.length];
+    reader
+        .read_exact(&mut body)
+        .await
+        .map_err(PeerError::Lost)?;
+    Ok(header.body(&body)?)
+}
+
+/// Answers a caller's preamble.
+pub async fn answer(
+    connection: &mut Connection,
+    caller: &Preamble,
+    status: Status,
+) -> Result<(), PeerError> {
+    connection
+        .write_all(&caller.answer(status).encode())
+        .await
+        .map_err(PeerError::Lost)
+}

@@ -1,0 +1,239 @@
+//! Connections: who calls, and where the call belongs.
+//!
+//! Until a caller has introduced itself it costs a slot. There are few; when they are used up the
+//! oldest silent caller loses its own, never the newcomer, so that silence cannot keep anybody out.
+
+use std::collections::VecDeque;
+use std::net::IpAddr;
+use std::os::unix::fs::FileTypeExt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, UnixListener};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio_util::either::Either;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::daemon::DaemonError;
+use crate::endpoint::Endpoint;
+use crate::peer::{self, Connection};
+use crate::wire::{Purpose, Status};
+
+use super::{Receiver, attempt};
+
+/// Callers that have not introduced themselves.
+const SILENT_CALLERS_MAX: usize = 64;
+
+/// How long a caller may take for its 64 bytes, or for the first message of a conversation.
+pub(super) const GREETING: Duration = Duration::from_secs(10);
+
+/// Pause after a failed accept: out of descriptors the next try would fail at once, and so on.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+#[derive(Debug)]
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, Endpoint),
+}
+
+/// Everything the receiver listens on.
+#[derive(Debug)]
+pub(super) struct Listeners(Vec<Listener>);
+
+impl Listeners {
+    pub(super) async fn bind(endpoints: &[Endpoint]) -> Result<Self, DaemonError> {
+        let mut listeners = Vec::new();
+        for endpoint in endpoints {
+            let failed = DaemonError::setup(format!("listen on {endpoint} (receive.listen)"));
+            let bound = match endpoint {
+                Endpoint::Tcp { host, port } => TcpListener::bind((host.as_str(), *port))
+                    .await
+                    .map(Listener::Tcp),
+                Endpoint::Unix(path) => {
+                    // What a receiver that died left behind answers nobody, so it can go.
+                    let socket =
+                        std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+                    if socket && std::os::unix::net::UnixStream::connect(path).is_err() {
+                        let _ = std::fs::remove_file(path);
+                    }
+                    UnixListener::bind(path)
+                        .map(|listener| Listener::Unix(listener, endpoint.clone()))
+                }
+            };
+            listeners.push(bound.map_err(failed)?);
+        }
+        Ok(Self(listeners))
+    }
+
+    /// Where it listens, with the ports the kernel chose.
+    pub(super) fn addresses(&self) -> Vec<String> {
+        let address = |listener: &Listener| match listener {
+            Listener::Tcp(tcp) => tcp
+                .local_addr()
+                .map_or_else(|_| "tcp:?".to_owned(), |at| format!("tcp:{at}")),
+            Listener::Unix(_, endpoint) => endpoint.to_string(),
+        };
+        self.0.iter().map(address).collect()
+    }
+
+    /// Takes callers in until `shutdown`; then waits for the attempts to have ended.
+    pub(super) async fn serve(self, receiver: &Arc<Receiver>, shutdown: CancellationToken) {
+        let calls = TaskTracker::new();
+        let silent = Arc::new(Silent::default());
+        let mut accepting = JoinSet::new();
+        for listener in self.0 {
+            let (receiver, silent) = (Arc::clone(receiver), Arc::clone(&silent));
+            let (calls, shutdown) = (calls.clone(), shutdown.clone());
+            accepting.spawn(async move {
+                loop {
+                    match listener.accept().await {
+                        Ok((connection, from)) => {
+                            let call = Call {
+                                receiver: Arc::clone(&receiver),
+                                silent: Arc::clone(&silent),
+                                from,
+                                shutdown: shutdown.clone(),
+                            };
+                            silent.add(|slot| {
+                                calls.spawn(call.answer(connection, slot)).abort_handle()
+                            });
+                        }
+                        Err(error) => {
+                            tracing::warn!(%error, "cannot accept a connection");
+                            tokio::time::sleep(ACCEPT_PAUSE).await;
+                        }
+                    }
+                }
+            });
+        }
+        shutdown.cancelled().await;
+        accepting.shutdown().await;
+        calls.close();
+        calls.wait().await;
+    }
+}
+
+impl Listener {
+    async fn accept(&self) -> std::io::Result<(Connection, From)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, address) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok((
+                    Either::Left(stream),
+                    From {
+                        text: address.to_string(),
+                        ip: Some(address.ip()),
+                    },
+                ))
+            }
+            Self::Unix(listener, endpoint) => {
+                let (stream, _) = listener.accept().await?;
+                Ok((
+                    Either::Right(stream),
+                    From {
+                        text: endpoint.to_string(),
+                        ip: None,
+                    },
+                ))
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Self::Unix(_, Endpoint::Unix(path)) = self {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Who calls.
+#[derive(Debug)]
+struct From {
+    text: String,
+    ip: Option<IpAddr>,
+}
+
+/// Callers that have not introduced themselves, oldest first.
+#[derive(Debug, Default)]
+struct Silent(Mutex<(u64, VecDeque<(u64, AbortHandle)>)>);
+
+impl Silent {
+    /// Starts a caller's task, and gives the oldest silent one up if there are too many.
+    fn add(&self, start: impl FnOnce(u64) -> AbortHandle) {
+        let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.0 += 1;
+        let slot = slots.0;
+        if slots.1.len() >= SILENT_CALLERS_MAX
+            && let Some((_, oldest)) = slots.1.pop_front()
+        {
+            tracing::info!("too many callers that say nothing: dropping the oldest");
+            oldest.abort();
+        }
+        slots.1.push_back((slot, start(slot)));
+    }
+
+    /// The caller has introduced itself, or is gone.
+    fn remove(&self, slot: u64) {
+        let mut slots = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        slots.1.retain(|(other, _)| *other != slot);
+    }
+}
+
+struct Call {
+    receiver: Arc<Receiver>,
+    silent: Arc<Silent>,
+    from: From,
+    shutdown: CancellationToken,
+}
+
+impl Call {
+    /// Reads the caller's preamble and hands the connection to where it belongs.
+    async fn answer(self, mut connection: Connection, slot: u64) {
+        let read = tokio::time::timeout(GREETING, peer::read_preamble(&mut connection)).await;
+        self.silent.remove(slot);
+        let from = &self.from.text;
+        let preamble = match read {
+            Ok(Ok(preamble)) => preamble,
+            Ok(Err(error)) => return tracing::info!(from, %error, "a caller that is no sender"),
+            Err(_) => return tracing::info!(from, "a caller that says nothing"),
+        };
+        let allowed = self
+            .from
+            .ip
+            .is_none_or(|ip| self.receiver.config.allows_peer(ip));
+        let status = match preamble.purpose {
+            _ if preamble.common_version().is_none() => Status::Version,
+            _ if !allowed => Status::Peer,
+            Purpose::Conversation => Status::Ok,
+            Purpose::Stream(stream) => {
+                let entry = self.receiver.lock().attempts.get(&preamble.token).cloned();
+                match entry {
+                    None => Status::Token,
+                    // On success the attempt answers by itself, when it has the connection.
+                    Some(entry) => match entry.claim(stream, preamble.epoch) {
+                        Status::Ok => return entry.take_in(stream, connection, preamble).await,
+                        refused => refused,
+                    },
+                }
+            }
+        };
+        if status != Status::Ok {
+            tracing::info!(from, ?status, "turned a connection away");
+        }
+        if peer::answer(&mut connection, &preamble, status)
+            .await
+            .is_err()
+            || status != Status::Ok
+        {
+            return;
+        }
+        tokio::select! {
+            () = attempt::converse(&self.receiver, connection, from) => {}
+            () = self.shutdown.cancelled() => {}
+        }
+    }
+}

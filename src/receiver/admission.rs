@@ -1,0 +1,262 @@
+//! Whether an offer can be taken, before anything is created for it.
+//!
+//! Every number of the offer is compared with its limit here; what passes is what the rest of the
+//! receiver works with.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+
+use crate::config::ReceiveConfig;
+use crate::limits::{REGION_BYTES_MAX, REGIONS_MAX, STREAMS_MAX, WINDOW_BYTES_MAX};
+use crate::name::Name;
+use crate::wire::Offer;
+
+/// Why an offer is turned down. The code and the text go to the sender.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{desc}")]
+pub(super) struct Refusal {
+    pub(super) code: &'static str,
+    pub(super) desc: String,
+}
+
+impl Refusal {
+    pub(super) fn new(code: &'static str, desc: impl Into<String>) -> Self {
+        Self {
+            code,
+            desc: desc.into(),
+        }
+    }
+}
+
+/// What the receiver has taken on already.
+#[derive(Debug, Default)]
+pub(super) struct Obligations {
+    /// Attempts under way.
+    pub(super) attempts: usize,
+    /// Names they will use.
+    pub(super) names: HashSet<Name>,
+    /// Bytes they may still allocate.
+    pub(super) owed_bytes: u64,
+}
+
+/// Checks an offer. `free_bytes` is what the directory's memory has left.
+pub(super) fn admit(
+    offer: &Offer,
+    config: &ReceiveConfig,
+    obligations: &Obligations,
+    free_bytes: u64,
+) -> Result<(), Refusal> {
+    let refuse = |code, desc: String| Err(Refusal::new(code, desc));
+    if offer.streams == 0 || offer.streams > STREAMS_MAX {
+        return refuse(
+            "protocol",
+            format!(
+                "{} streams were offered, 1 to {STREAMS_MAX} are allowed",
+                offer.streams
+            ),
+        );
+    }
+    if offer.window == 0 || offer.window > WINDOW_BYTES_MAX {
+        return refuse(
+            "protocol",
+            format!(
+                "a window of {} bytes was offered, 1 to {WINDOW_BYTES_MAX} are allowed",
+                offer.window
+            ),
+        );
+    }
+    if offer.regions.is_empty() || offer.regions.len() > REGIONS_MAX {
+        return refuse(
+            "protocol",
+            format!(
+                "{} regions were offered, 1 to {REGIONS_MAX} are allowed",
+                offer.regions.len()
+            ),
+        );
+    }
+    if obligations.attempts >= config.max_transfers {
+        let max = config.max_transfers;
+        return refuse(
+            "busy",
+            format!("{max} transfers are under way, as many as receive.max-transfers allows"),
+        );
+    }
+    let (mut total, mut data): (u64, u64) = (0, 0);
+    let mut names = HashSet::new();
+    for region in &offer.regions {
+        let name = &region.name;
+        if !names.insert(name) {
+            return refuse("protocol", format!("region {name} was offered twice"));
+        }
+        if !config.allows_name(name) {
+            return refuse(
+                "not-allowed",
+                format!("region {name} is not among receive.allow-names"),
+            );
+        }
+        let max = config.max_region.min(REGION_BYTES_MAX);
+        if region.length > max {
+            return refuse(
+                "too-large",
+                format!(
+                    "region {name} has {} bytes, receive.max-region allows {max}",
+                    region.length
+                ),
+            );
+        }
+        if obligations.names.contains(name) {
+            return refuse(
+                "busy",
+                format!("region {name} is just arriving in another transfer"),
+            );
+        }
+        // A symbolic link that leads nowhere is in the way too.
+        if fs::symlink_metadata(config.directory.join(name.as_str())).is_ok() {
+            let path = config.directory.join(name.as_str());
+            return refuse(
+                "exists",
+                format!(
+                    "{} exists already; an existing region is never replaced",
+                    path.display()
+                ),
+            );
+        }
+        total += region.length; // 4096 regions of 16 TiB are 2^56 bytes
+        data += region.data_bytes.min(region.length);
+    }
+    if total > config.max_total {
+        return refuse(
+            "too-large",
+            format!(
+                "the regions have {total} bytes together, receive.max-total allows {}",
+                config.max_total
+            ),
+        );
+    }
+    let left = free_bytes.saturating_sub(obligations.owed_bytes);
+    if data > left {
+        let (directory, owed) = (config.directory.display(), obligations.owed_bytes);
+        return refuse(
+            "no-space",
+            format!(
+                "the regions hold {data} bytes of data, {directory} has room for {left} ({free_bytes} free, {owed} promised to other transfers)"
+            ),
+        );
+    }
+    Ok(())
+}
+
+/// Bytes that can be allocated in `directory`: what its file system has free, and for memory file
+/// systems at most what the machine has available.
+pub(super) fn free_bytes(directory: &Path) -> io::Result<u64> {
+    let fs = statfs(directory)?;
+    let block = u64::try_from(fs.block_size()).unwrap_or(0);
+    let free = fs.blocks_available().saturating_mul(block);
+    if fs.filesystem_type() != TMPFS_MAGIC {
+        return Ok(free);
+    }
+    let memory = available_memory(&fs::read_to_string("/proc/meminfo")?).unwrap_or(u64::MAX);
+    // A tmpfs mounted without a size limit has no blocks at all.
+    Ok(if fs.blocks() == 0 {
+        memory
+    } else {
+        free.min(memory)
+    })
+}
+
+/// `MemAvailable` of /proc/meminfo, in bytes.
+fn available_memory(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{BootId, Hex128, OfferedRegion};
+
+    fn offer(regions: &[(&str, u64)]) -> Offer {
+        let region = |&(name, length): &(&str, u64)| OfferedRegion {
+            name: Name::new(name).unwrap(),
+            length,
+            data_bytes: length,
+            page_size: 4096,
+        };
+        Offer {
+            id: Name::new("a").unwrap(),
+            nonce: Hex128([1; 16]),
+            boot_id: BootId(String::new()),
+            streams: 2,
+            integrity: true,
+            window: 1 << 20,
+            stall_timeout_ms: 1000,
+            dry_run: false,
+            regions: regions.iter().map(region).collect(),
+        }
+    }
+
+    fn refused(
+        change: impl FnOnce(&mut Offer, &mut ReceiveConfig, &mut Obligations),
+    ) -> &'static str {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = ReceiveConfig {
+            directory: directory.path().to_owned(),
+            ..ReceiveConfig::default()
+        };
+        let (mut offer, mut obligations) = (
+            offer(&[("vm1", 1000), ("vm2", 1000)]),
+            Obligations::default(),
+        );
+        assert_eq!(admit(&offer, &config, &obligations, 2000), Ok(()));
+        change(&mut offer, &mut config, &mut obligations);
+        admit(&offer, &config, &obligations, 2000).unwrap_err().code
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_its_reason() {
+        assert_eq!(refused(|offer, _, _| offer.streams = 0), "protocol");
+        assert_eq!(refused(|offer, _, _| offer.window = u64::MAX), "protocol");
+        assert_eq!(refused(|offer, _, _| offer.regions.clear()), "protocol");
+        assert_eq!(
+            refused(|offer, _, _| offer.regions[1].name = Name::new("vm1").unwrap()),
+            "protocol"
+        );
+        assert_eq!(
+            refused(|offer, _, _| offer.regions[0].length = u64::MAX),
+            "too-large"
+        );
+        assert_eq!(refused(|_, config, _| config.max_region = 999), "too-large");
+        assert_eq!(refused(|_, config, _| config.max_total = 1999), "too-large");
+        assert_eq!(refused(|_, config, _| config.max_transfers = 0), "busy");
+        assert_eq!(
+            refused(|_, config, _| config.allow_names.clear()),
+            "not-allowed"
+        );
+        assert_eq!(refused(|_, _, taken| taken.owed_bytes = 1), "no-space");
+        assert_eq!(
+            refused(|_, _, taken| _ = taken.names.insert(Name::new("vm2").unwrap())),
+            "busy"
+        );
+        assert_eq!(
+            refused(|_, config, _| fs::write(config.directory.join("vm2"), "").unwrap()),
+            "exists"
+        );
+    }
+
+    #[test]
+    fn memory_available_is_read_from_meminfo() {
+        assert_eq!(
+            available_memory("MemTotal: 10 kB\nMemAvailable:   2048 kB\n"),
+            Some(2048 * 1024)
+        );
+        assert_eq!(available_memory("nothing"), None);
+        assert!(free_bytes(Path::new("/dev/shm")).unwrap() > 0);
+    }
+}

@@ -1,0 +1,93 @@
+//! What the receiver's control socket answers.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::control::{Call, CommandError, CommandInfo, Commands};
+use crate::name::Name;
+
+use super::Receiver;
+
+const TABLE: &[CommandInfo] = &[
+    CommandInfo {
+        name: "query-migrate",
+        oob: false,
+    },
+    CommandInfo {
+        name: "query-regions",
+        oob: false,
+    },
+    CommandInfo {
+        name: "quit",
+        oob: false,
+    },
+];
+
+#[derive(Debug)]
+pub(super) struct ReceiverCommands {
+    receiver: Arc<Receiver>,
+    shutdown: CancellationToken,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueryMigrate {
+    id: Option<Name>,
+}
+
+impl ReceiverCommands {
+    pub(super) fn new(receiver: Arc<Receiver>, shutdown: CancellationToken) -> Self {
+        Self { receiver, shutdown }
+    }
+
+    fn query_migrate(&self, id: Option<Name>) -> Result<Value, CommandError> {
+        let state = self.receiver.lock();
+        // QEMU answers an empty object as long as there was no migration.
+        let Some(id) = id.or_else(|| state.latest.clone()) else {
+            return Ok(json!({}));
+        };
+        let seen = state.seen.get(&id).cloned();
+        seen.ok_or_else(|| {
+            CommandError::new(
+                "no-such-transfer",
+                format!("No transfer with id '{id}' has arrived"),
+            )
+        })
+    }
+
+    fn query_regions(&self) -> Value {
+        let state = self.receiver.lock();
+        let directory = &self.receiver.config.directory;
+        let show = |(name, bytes): &(Name, u64)| json!({"name": name, "size": bytes, "path": directory.join(name.as_str())});
+        state.committed.iter().map(show).collect()
+    }
+}
+
+impl Commands for ReceiverCommands {
+    fn table(&self) -> &'static [CommandInfo] {
+        TABLE
+    }
+
+    async fn execute(&self, call: Call) -> Result<Value, CommandError> {
+        match call.command.as_str() {
+            "query-migrate" => self.query_migrate(call.parse::<QueryMigrate>()?.id),
+            "query-regions" => {
+                let Nothing {} = call.parse()?;
+                Ok(self.query_regions())
+            }
+            "quit" => {
+                let Nothing {} = call.parse()?;
+                self.shutdown.cancel();
+                Ok(json!({}))
+            }
+            other => unreachable!("{other} is not in the table"),
+        }
+    }
+}

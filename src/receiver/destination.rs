@@ -1,0 +1,292 @@
+//! Files that Regions arrive in.
+//!
+//! Until the sender has everything prepared, a file has no name at all (`O_TMPFILE`): whatever happens
+//! to the receiver, the kernel gives the memory back. Between *prepared* and the commit it has a hidden
+//! name, so that a receiver that dies there can roll its commit record forward; and only the commit
+//! gives it the final one (rule 5).
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{
+    AT_FDCWD, AtFlags, FallocateFlags, Flock, FlockArg, OFlag, RenameFlags, fallocate, renameat2,
+};
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
+use nix::unistd::linkat;
+
+use crate::config::HugePages;
+use crate::name::Name;
+use crate::pages::PageRange;
+use crate::region::{Access, Region, RegionError};
+use crate::stream::Destination;
+use crate::sys::file::advise_huge_pages;
+use crate::wire::Hex128;
+
+/// What hidden names begin with. A Region's name cannot begin with a dot.
+const HIDDEN: &str = ".memferry-";
+
+/// A Region's memory at the destination.
+#[derive(Debug)]
+pub(super) struct DestinationFile {
+    region: Region,
+    final_path: PathBuf,
+}
+
+impl DestinationFile {
+    /// An unnamed file of `bytes` bytes, all of it a hole, that is to become `directory/name`.
+    pub(super) fn create(
+        directory: &Path,
+        name: Name,
+        bytes: u64,
+        huge_pages: HugePages,
+    ) -> Result<Self, RegionError> {
+        let final_path = directory.join(name.as_str());
+        let origin = final_path.display().to_string();
+        let opened = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(OFlag::O_TMPFILE.bits())
+            .mode(0o600)
+            .open(directory)
+            .and_then(|file| file.set_len(bytes).map(|()| file));
+        let file = match opened {
+            Ok(file) => file,
+            Err(source) => return Err(RegionError::Open { origin, source }),
+        };
+        let region = Region::new(name, origin, file, Access::Write)?;
+        if huge_pages == HugePages::Auto {
+            // Before anything allocates: afterwards it is too late.
+            advise_huge_pages(region.mapping());
+        }
+        Ok(Self { region, final_path })
+    }
+
+    /// Bytes of memory it holds by now.
+    pub(super) fn allocated_bytes(&self) -> u64 {
+        self.region.allocated_bytes().unwrap_or(0)
+    }
+
+    /// Gives it a hidden name; and on a disk, writes it there.
+    pub(super) fn hide(&self, nonce: Hex128, index: usize) -> io::Result<Hidden> {
+        let file = self.region.file();
+        let kind = fstatfs(file)?.filesystem_type();
+        if kind != TMPFS_MAGIC && kind != FsType(HUGETLBFS_MAGIC.0) {
+            file.sync_all()?;
+        }
+        let lock = Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, errno)| io::Error::from(errno))?;
+        let path = self
+            .final_path
+            .with_file_name(format!("{HIDDEN}{nonce}-{index}"));
+        let unnamed = format!("/proc/self/fd/{}", file.as_raw_fd());
+        linkat(
+            AT_FDCWD,
+            unnamed.as_str(),
+            AT_FDCWD,
+            &path,
+            AtFlags::AT_SYMLINK_FOLLOW,
+        )?;
+        Ok(Hidden {
+            path,
+            final_path: self.final_path.clone(),
+            remove: true,
+            _lock: lock,
+        })
+    }
+}
+
+impl Destination for DestinationFile {
+    fn region(&self) -> &Region {
+        &self.region
+    }
+
+    fn clear(&self, range: PageRange) -> io::Result<()> {
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let signed = |n: u64| i64::try_from(n).map_err(|_| Errno::EINVAL);
+        let bytes = range.bytes(self.region.bytes());
+        Ok(fallocate(
+            self.region.file(),
+            punch,
+            signed(range.offset())?,
+            signed(bytes)?,
+        )?)
+    }
+}
+
+/// A file under its hidden name; removed when dropped, unless it was kept. The lock tells a receiver
+/// that starts on the same directory that somebody still holds it.
+#[derive(Debug)]
+pub(super) struct Hidden {
+    path: PathBuf,
+    final_path: PathBuf,
+    remove: bool,
+    _lock: Flock<File>,
+}
+
+impl Hidden {
+    /// What a commit record says about it.
+    pub(super) fn its_move(&self) -> (PathBuf, PathBuf) {
+        (self.path.clone(), self.final_path.clone())
+    }
+
+    /// A commit record names it now: it must not go away.
+    pub(super) fn keep(mut self) {
+        self.remove = false;
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        if self.remove
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::error!(path = %self.path.display(), %error, "cannot remove a discarded region");
+        }
+    }
+}
+
+/// Gives committed files their final names; those that have them already are left alone. Never
+/// replaces a file.
+pub(super) fn roll_forward(moves: &[(PathBuf, PathBuf)]) -> io::Result<()> {
+    for (from, to) in moves {
+        match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+            // Gone from its hidden name: it was moved before, and is its owner's since.
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(errno) => {
+                let text = format!("{} to {}: {errno}", from.display(), to.display());
+                return Err(io::Error::new(io::Error::from(errno).kind(), text));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes hidden files that no commit record names and nobody holds: their receiver died between
+/// *prepared* and the commit, and without a record they are not ours.
+pub(super) fn remove_abandoned(directory: &Path, committed: &[PathBuf]) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let hidden = path
+            .file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with(HIDDEN));
+        if !hidden || committed.contains(&path) {
+            continue;
+        }
+        let held = Flock::lock(File::open(&path)?, FlockArg::LockExclusiveNonblock).is_err();
+        if !held {
+            tracing::info!(path = %path.display(), "removing a region that was never committed");
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn file(directory: &Path, name: &str) -> DestinationFile {
+        let name = Name::new(name).unwrap();
+        DestinationFile::create(directory, name, 3 * 4096, HugePages::Auto).unwrap()
+    }
+
+    fn listing(directory: &Path) -> Vec<String> {
+        let entries = fs::read_dir(directory).unwrap();
+        entries
+            .map(|e| e.unwrap().file_name().to_string_lossy().into_owned())
+            .collect()
+    }
+
+    #[test]
+    fn nothing_is_visible_before_the_commit_and_all_of_it_after() {
+        let directory = tempfile::tempdir().unwrap();
+        let destination = file(directory.path(), "vm1");
+        destination
+            .region()
+            .file()
+            .write_all_at(b"content", 0)
+            .unwrap();
+        assert_eq!(listing(directory.path()), [""; 0]);
+        let hidden = destination.hide(Hex128([7; 16]), 0).unwrap();
+        assert_eq!(
+            listing(directory.path()),
+            [format!(".memferry-{}-0", "07".repeat(16))]
+        );
+        let moves = [hidden.its_move()];
+        hidden.keep();
+        roll_forward(&moves).unwrap();
+        roll_forward(&moves).unwrap();
+        assert_eq!(listing(directory.path()), ["vm1"]);
+        assert!(
+            fs::read(directory.path().join("vm1"))
+                .unwrap()
+                .starts_with(b"content")
+        );
+    }
+
+    #[test]
+    fn a_commit_never_replaces_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let hidden = file(directory.path(), "vm1")
+            .hide(Hex128([7; 16]), 0)
+            .unwrap();
+        fs::write(directory.path().join("vm1"), "somebody else's").unwrap();
+        let error = roll_forward(&[hidden.its_move()]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        drop(hidden);
+        assert_eq!(listing(directory.path()), ["vm1"]);
+    }
+
+    #[test]
+    fn only_what_nobody_holds_or_committed_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let held = file(directory.path(), "held")
+            .hide(Hex128([1; 16]), 0)
+            .unwrap();
+        let committed = directory.path().join(".memferry-committed");
+        fs::write(&committed, "").unwrap();
+        fs::write(directory.path().join(".memferry-left"), "").unwrap();
+        fs::write(directory.path().join("other"), "").unwrap();
+        remove_abandoned(directory.path(), std::slice::from_ref(&committed)).unwrap();
+        let mut left = listing(directory.path());
+        left.sort();
+        let held_name = held
+            .path
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .into_owned();
+        assert_eq!(
+            left,
+            [
+                held_name,
+                ".memferry-committed".to_owned(),
+                "other".to_owned()
+            ]
+        );
+    }
+
+    #[test]
+    fn a_cleared_range_reads_as_zeros_and_gives_its_memory_back() {
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let destination = file(directory.path(), "vm1");
+        destination
+            .region()
+            .file()
+            .write_all_at(&[1; 3 * 4096], 0)
+            .unwrap();
+        let range = PageRange { first: 1, count: 1 };
+        destination.clear(range).unwrap();
+        assert_eq!(
+            destination.region().read(range, &mut [9; 4096]).unwrap(),
+            [0; 4096]
+        );
+        assert_eq!(destination.allocated_bytes(), 2 * 4096);
+    }
+}

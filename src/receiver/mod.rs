@@ -1,0 +1,167 @@
+//! The receiver daemon: listens, takes attempts in, and owns what was committed.
+//!
+//! ```text
+//!   accept ── conversation ──► attempt: agree → streams → prepare → commit
+//!      │                          │                │
+//!      └── stream (by token) ─────┴─► a thread ────┴─► Assembly, DestinationFile
+//! ```
+
+mod accept;
+mod admission;
+mod attempt;
+mod commands;
+mod destination;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{ReceiveConfig, ReceiverConfig, load_receiver};
+use crate::control::{EventBus, Server};
+use crate::daemon::{self, DaemonError};
+use crate::journal::{self, Decision, Journal};
+use crate::name::Name;
+use crate::notify::Notifier;
+use crate::wire::{BootId, Hex128, Owner, Token};
+
+use admission::Obligations;
+use attempt::Entry;
+
+/// Everything the receiver's tasks share.
+#[derive(Debug)]
+struct Receiver {
+    config: ReceiveConfig,
+    journal: Journal,
+    boot_id: BootId,
+    events: EventBus,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Attempts under way, by the token their streams bring.
+    attempts: HashMap<Token, Arc<Entry>>,
+    /// What came of the last attempt, and of any before it, as `query-migrate` shows it.
+    seen: HashMap<Name, Value>,
+    latest: Option<Name>,
+    /// Regions that were committed since the daemon started, with their length.
+    committed: Vec<(Name, u64)>,
+}
+
+impl Receiver {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What attempts under way may still need.
+    fn obligations(&self) -> Obligations {
+        let state = self.lock();
+        let mut obligations = Obligations {
+            attempts: state.attempts.len(),
+            ..Obligations::default()
+        };
+        for entry in state.attempts.values() {
+            obligations.names.extend(entry.names().cloned());
+            obligations.owed_bytes += entry.owed_bytes();
+        }
+        obligations
+    }
+
+    /// Shows `status` for an attempt, and announces it.
+    fn report(&self, id: &Name, status: Value) {
+        let event = json!({"id": id, "status": status["status"], "regions": status["regions"]});
+        {
+            let mut state = self.lock();
+            state.seen.insert(id.clone(), status);
+            state.latest = Some(id.clone());
+        }
+        self.events.publish("MIGRATION", event);
+    }
+
+    /// Who owns the Regions of an attempt. Without a commit record the answer is "not this receiver",
+    /// and it is made true for ever before it is given (rule 4).
+    fn owner(&self, nonce: Hex128, asked_boot: &BootId) -> std::io::Result<Owner> {
+        if *asked_boot != self.boot_id {
+            return Ok(Owner::Unknown);
+        }
+        let refused = Decision::Refused {
+            boot_id: self.boot_id.clone(),
+        };
+        Ok(match self.journal.decide(nonce, refused)? {
+            Decision::Committed { boot_id, .. } if boot_id == self.boot_id => Owner::Destination,
+            Decision::Committed { .. } => Owner::Unknown,
+            Decision::Refused { .. } => Owner::Source,
+        })
+    }
+
+    /// Finishes what a receiver that died had committed, and removes what it had not.
+    fn recover(&self) -> std::io::Result<()> {
+        let mut committed: Vec<PathBuf> = Vec::new();
+        for record in self.journal.all::<Decision>()? {
+            if let Decision::Committed { boot_id, moves } = record
+                && boot_id == self.boot_id
+            {
+                // Left where it is under its hidden name: it is owned, and somebody has to look.
+                if let Err(error) = destination::roll_forward(&moves) {
+                    tracing::error!(%error, "a committed region has no final name yet");
+                }
+                committed.extend(moves.into_iter().map(|(from, _)| from));
+            }
+        }
+        destination::remove_abandoned(&self.config.directory, &committed)
+    }
+}
+
+/// Runs the receiver daemon until SIGTERM, SIGINT or `quit`.
+pub fn run(path: &Path) -> Result<(), DaemonError> {
+    let (config, warnings) = load_receiver(path)?;
+    daemon::start_log(path, &config.log, &warnings)?;
+    daemon::block_on(serve(config))
+}
+
+async fn serve(config: ReceiverConfig) -> Result<(), DaemonError> {
+    let shutdown = CancellationToken::new();
+    let directory = config.receive.directory.clone();
+    std::fs::create_dir_all(&directory).map_err(DaemonError::setup(format!(
+        "make receive.directory {}",
+        directory.display()
+    )))?;
+    let runtime = &config.state.runtime_directory;
+    let journal = Journal::open(runtime).map_err(DaemonError::setup(format!(
+        "keep records in state.runtime-directory {}",
+        runtime.display()
+    )))?;
+    let receiver = Arc::new(Receiver {
+        boot_id: journal::boot_id().map_err(DaemonError::setup("read the boot id"))?,
+        config: config.receive,
+        journal,
+        events: EventBus::new(),
+        state: Mutex::default(),
+    });
+    receiver.recover().map_err(DaemonError::setup(format!(
+        "finish earlier transfers in {}",
+        directory.display()
+    )))?;
+    let listeners = accept::Listeners::bind(&receiver.config.listen).await?;
+    let control = Server::bind(&config.control.socket, daemon::access(&config.control))
+        .map_err(DaemonError::setup("serve the control socket"))?;
+    daemon::stop_on_signals(shutdown.clone())?;
+    let commands = Arc::new(commands::ReceiverCommands::new(
+        Arc::clone(&receiver),
+        shutdown.clone(),
+    ));
+    let control = tokio::spawn(control.serve(commands, receiver.events.clone(), shutdown.clone()));
+
+    let mut notifier = Notifier::new();
+    let listening = listeners.addresses().join(", ");
+    tracing::info!(listening, directory = %directory.display(), socket = %config.control.socket.display(), "ready");
+    notifier.ready(&format!("Listening on {listening}"));
+    listeners.serve(&receiver, shutdown).await;
+    notifier.stopping("Stopping");
+    receiver.events.publish("SHUTDOWN", json!({}));
+    let _ = control.await;
+    Ok(())
+}

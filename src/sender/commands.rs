@@ -1,0 +1,277 @@
+//! What the sender's control socket answers.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::config::{FreezeConfig, TrackerConfig};
+use crate::control::{Call, CommandError, CommandInfo, Commands, code};
+use crate::endpoint::Endpoint;
+use crate::name::Name;
+use crate::wire::Hex128;
+
+use super::Sender;
+use super::registry::Memory;
+use super::status::Attempt;
+use super::transfer::{Order, Transfer};
+
+const fn command(name: &'static str, oob: bool) -> CommandInfo {
+    CommandInfo { name, oob }
+}
+
+const TABLE: &[CommandInfo] = &[
+    command("region-add", false),
+    command("region-del", false),
+    command("query-regions", false),
+    command("migrate", false),
+    command("migrate_cancel", true),
+    command("query-migrate", false),
+    command("quit", false),
+];
+
+#[derive(Debug)]
+pub(super) struct SenderCommands {
+    sender: Arc<Sender>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RegionAdd {
+    name: Name,
+    path: Option<PathBuf>,
+    fdname: Option<String>,
+    page_size: Option<u64>,
+    #[serde(default)]
+    tracker: TrackerConfig,
+    #[serde(default)]
+    freeze: FreezeConfig,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RegionDel {
+    name: Name,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OfAttempt {
+    id: Option<Name>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Migrate {
+    uri: String,
+    id: Option<Name>,
+    regions: Option<Vec<Name>>,
+    #[serde(default)]
+    dry_run: bool,
+}
+
+/// The members of [`Migrate`]; whatever else `migrate` is given is a parameter.
+const MIGRATE_MEMBERS: [&str; 4] = ["uri", "id", "regions", "dry-run"];
+
+impl SenderCommands {
+    pub(super) fn new(sender: Arc<Sender>) -> Self {
+        Self { sender }
+    }
+
+    fn region_add(&self, call: &Call) -> Result<Value, CommandError> {
+        let add: RegionAdd = call.parse()?;
+        let memory = match (&add.path, &add.fdname) {
+            (Some(path), None) if !path.is_absolute() => {
+                return Err(invalid(
+                    "Parameter 'path' expects an absolute path: the daemon has its own working directory",
+                ));
+            }
+            (Some(path), None) => Memory::Path(path),
+            (None, Some(fdname)) => Memory::Descriptor(call.fds.take(fdname).ok_or_else(|| {
+                CommandError::new(
+                    code::NO_DESCRIPTOR,
+                    format!("File descriptor named '{fdname}' has not been found"),
+                )
+            })?),
+            _ => return Err(invalid("region-add takes either 'path' or 'fdname'")),
+        };
+        let mut state = self.sender.lock();
+        state
+            .registry
+            .add(add.name.clone(), memory, add.tracker, add.freeze)?;
+        if let Err(error) = state.registry.check_page_size(&add.name, add.page_size) {
+            state.registry.remove(&add.name)?;
+            return Err(error);
+        }
+        Ok(json!({}))
+    }
+
+    async fn migrate(&self, call: Call) -> Result<Value, CommandError> {
+        let Value::Object(all) = call.arguments.clone() else {
+            return Err(invalid("QMP input member 'arguments' must be an object"));
+        };
+        let (members, parameters): (Map<_, _>, Map<_, _>) = all
+            .into_iter()
+            .partition(|(key, _)| MIGRATE_MEMBERS.contains(&key.as_str()));
+        let migrate: Migrate = Call {
+            arguments: members.into(),
+            ..call
+        }
+        .parse()?;
+        let parameters = self.sender.parameters.with_overrides(&parameters);
+        let parameters = parameters.map_err(|error| invalid(error.to_string()))?;
+        let endpoint: Endpoint = migrate
+            .uri
+            .parse()
+            .map_err(|error| invalid(format!("Parameter 'uri': {error}")))?;
+        if !endpoint.is_loopback() {
+            tracing::warn!(%endpoint, "memory goes over this connection in the clear");
+        }
+        let id = migrate.id.map_or_else(generated_id, Ok)?;
+
+        let (attempt, order) = {
+            let mut state = self.sender.lock();
+            if state
+                .attempts
+                .get(&id)
+                .is_some_and(|attempt| !attempt.status().is_final())
+            {
+                return Err(CommandError::new(
+                    "id-in-use",
+                    format!("There is a transfer with id '{id}' under way"),
+                ));
+            }
+            let names = migrate.regions.unwrap_or_else(|| state.registry.names());
+            if names.is_empty() {
+                return Err(CommandError::new(
+                    "no-regions",
+                    "There is no region to be moved: add one with region-add",
+                ));
+            }
+            let regions = state.registry.claim(&names, &id)?;
+            let total = regions
+                .iter()
+                .map(|registered| registered.region.bytes())
+                .sum();
+            let attempt = Attempt::new(id, names, total, parameters, self.sender.events.clone());
+            let order = Order {
+                endpoint,
+                regions,
+                journal: Arc::clone(&self.sender.journal),
+                boot_id: self.sender.boot_id.clone(),
+            };
+            (attempt, order)
+        };
+        if migrate.dry_run {
+            return self.rehearse(attempt, order).await;
+        }
+        self.sender.add_attempt(&attempt);
+        let shown = json!({"id": attempt.id});
+        self.sender
+            .transfers
+            .spawn(Arc::clone(&self.sender).carry_out(attempt, order));
+        Ok(shown)
+    }
+
+    /// Answers with the plan if the receiver would take it.
+    async fn rehearse(&self, attempt: Arc<Attempt>, order: Order) -> Result<Value, CommandError> {
+        let rehearsed = match Transfer::new(Arc::clone(&attempt), order) {
+            Ok(transfer) => transfer.rehearse().await,
+            Err(error) => Err(error),
+        };
+        self.sender.lock().registry.release(&attempt.id);
+        match rehearsed {
+            Ok(()) => Ok(json!({
+                "id": attempt.id,
+                "dry-run": true,
+                "regions": attempt.regions,
+                "total": attempt.total_bytes,
+                "parameters": attempt.parameters.to_json(),
+            })),
+            Err(error) => Err(CommandError::new(
+                error.code().to_owned(),
+                error.to_string(),
+            )),
+        }
+    }
+
+    fn cancel(&self, id: Option<&Name>) -> Result<Value, CommandError> {
+        let Some(attempt) = self.sender.attempt(id) else {
+            // As in QEMU: cancelling nothing is no error, cancelling what does not exist is.
+            return id.map_or_else(|| Ok(json!({})), |id| Err(no_such(id)));
+        };
+        if attempt.request_cancel() {
+            Ok(json!({}))
+        } else {
+            let text = format!(
+                "The commit of '{}' is on its way: the regions have changed hands or are about to",
+                attempt.id
+            );
+            Err(CommandError::new("too-late", text))
+        }
+    }
+
+    fn query_migrate(&self, id: Option<&Name>) -> Result<Value, CommandError> {
+        match (self.sender.attempt(id), id) {
+            (Some(attempt), _) => Ok(attempt.to_json()),
+            (None, Some(id)) => Err(no_such(id)),
+            (None, None) => Ok(json!({})),
+        }
+    }
+}
+
+impl Commands for SenderCommands {
+    fn table(&self) -> &'static [CommandInfo] {
+        TABLE
+    }
+
+    async fn execute(&self, call: Call) -> Result<Value, CommandError> {
+        match call.command.as_str() {
+            "region-add" => self.region_add(&call),
+            "region-del" => {
+                let RegionDel { name } = call.parse()?;
+                self.sender.lock().registry.remove(&name)?;
+                Ok(json!({}))
+            }
+            "query-regions" => {
+                let Nothing {} = call.parse()?;
+                Ok(self.sender.lock().registry.to_json())
+            }
+            "migrate" => self.migrate(call).await,
+            "migrate_cancel" => self.cancel(call.parse::<OfAttempt>()?.id.as_ref()),
+            "query-migrate" => self.query_migrate(call.parse::<OfAttempt>()?.id.as_ref()),
+            "quit" => {
+                let Nothing {} = call.parse()?;
+                self.sender.shutdown.cancel();
+                Ok(json!({}))
+            }
+            other => unreachable!("{other} is not in the table"),
+        }
+    }
+}
+
+fn invalid(desc: impl Into<String>) -> CommandError {
+    CommandError::new(code::INVALID_ARGUMENT, desc)
+}
+
+fn no_such(id: &Name) -> CommandError {
+    CommandError::new(
+        "no-such-transfer",
+        format!("There is no transfer with id '{id}'"),
+    )
+}
+
+fn generated_id() -> Result<Name, CommandError> {
+    let failed = |error: &dyn std::fmt::Display| {
+        CommandError::new("sender-failed", format!("cannot make an id: {error}"))
+    };
+    let random = Hex128::random()
+        .map_err(|error| failed(&error))?
+        .to_string();
+    Name::new(format!("m-{}", &random[..8])).map_err(|error| failed(&error))
+}

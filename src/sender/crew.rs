@@ -1,0 +1,161 @@
+//! The streams of one attempt: a thread each, and the one place where they meet the control plane.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc as jobs;
+use std::thread;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::channel::{Patience, SocketChannel};
+use crate::config::ZeroCopyMode;
+use crate::iteration::Plan;
+use crate::peer::{self, Connection};
+use crate::stats::StreamStats;
+use crate::stream::{Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, ZeroCopyWish};
+use crate::sys::wake::Wake;
+
+/// A stream's thread, and the queue that holds its next job.
+#[derive(Debug)]
+struct Member {
+    jobs: jobs::SyncSender<Job>,
+    thread: thread::JoinHandle<()>,
+}
+
+/// All streams of an attempt.
+#[derive(Debug)]
+pub(super) struct Crew {
+    members: Vec<Member>,
+    reports: mpsc::UnboundedReceiver<Result<Report, StreamError>>,
+    report: mpsc::UnboundedSender<Result<Report, StreamError>>,
+    wake: Wake,
+}
+
+impl Crew {
+    pub(super) fn new(wake: Wake) -> Self {
+        let (report, reports) = mpsc::unbounded_channel();
+        Self {
+            members: Vec::new(),
+            reports,
+            report,
+            wake,
+        }
+    }
+
+    /// Starts a stream on a connection whose preamble was answered.
+    pub(super) fn start(
+        &mut self,
+        connection: Connection,
+        setup: StreamSetup,
+        mode: ZeroCopyMode,
+        stats: Arc<StreamStats>,
+    ) -> io::Result<()> {
+        let index = u16::try_from(self.members.len()).expect("streams are limited to 256");
+        let wish = wish(mode);
+        let patience = Patience {
+            stall_timeout: setup.stall_timeout,
+            wake: self.wake.clone(),
+        };
+        let lend = !matches!(wish, ZeroCopyWish::Off(_));
+        let channel = SocketChannel::new(peer::into_descriptor(connection)?, patience, lend)?;
+        let wish = match channel.zero_copy_refusal() {
+            Some(reason) => ZeroCopyWish::Off(reason.to_owned()),
+            None => wish,
+        };
+        let stream = OutgoingStream::new(index, Box::new(channel), setup, wish, stats);
+        // One job is under way or waiting; the barrier between Iterations lets there be no second.
+        let (jobs, next) = jobs::sync_channel(1);
+        let report = self.report.clone();
+        let thread = thread::Builder::new()
+            .name(format!("mf-send-{index}"))
+            .spawn(move || work(stream, &next, &report))?;
+        self.members.push(Member { jobs, thread });
+        Ok(())
+    }
+
+    /// Hands every stream its part of `plan`.
+    pub(super) fn begin(&self, plan: &Arc<Plan>, pass: Pass) {
+        for member in &self.members {
+            // A stream whose thread has ended has reported why, and that is what will be heard.
+            let _ = member.jobs.send(Job {
+                plan: Arc::clone(plan),
+                pass,
+            });
+        }
+    }
+
+    /// How many reports there are to be heard after `begin`.
+    pub(super) fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    /// The next report of a stream. Dropping the future loses nothing.
+    pub(super) async fn hear(&mut self) -> Result<Report, StreamError> {
+        // `self.report` keeps the channel open.
+        self.reports.recv().await.unwrap_or(Err(StreamError::Ended))
+    }
+
+    /// Ends the streams in an orderly way: nothing is queued or lent after a barrier.
+    pub(super) async fn finish(self) {
+        let threads: Vec<_> = self
+            .members
+            .into_iter()
+            .map(|member| member.thread)
+            .collect();
+        join(threads).await;
+    }
+
+    /// Ends the streams now. When this returns, what was lent is back, or kept mapped for good.
+    pub(super) async fn abandon(self) {
+        self.wake.wake();
+        self.finish().await;
+    }
+}
+
+async fn join(threads: Vec<thread::JoinHandle<()>>) {
+    let join = move || {
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a stream's thread panicked");
+            }
+        }
+    };
+    let _ = tokio::task::spawn_blocking(join).await;
+}
+
+/// A stream's thread: does jobs until there are none or one fails.
+fn work(
+    mut stream: OutgoingStream,
+    jobs: &jobs::Receiver<Job>,
+    report: &mpsc::UnboundedSender<Result<Report, StreamError>>,
+) {
+    while let Ok(job) = jobs.recv() {
+        let result = stream.run(&job);
+        let failed = result.is_err();
+        // The attempt may be over, and then nobody wants to know.
+        let _ = report.send(result);
+        if failed {
+            if let Err(error) = stream.abandon() {
+                tracing::warn!(%error, "a stream could not be reset");
+            }
+            return;
+        }
+    }
+}
+
+/// What a mode means for this version's engines.
+fn wish(mode: ZeroCopyMode) -> ZeroCopyWish {
+    let engine = "this version has no io_uring engine";
+    match mode {
+        ZeroCopyMode::Auto => ZeroCopyWish::Auto,
+        ZeroCopyMode::MsgZerocopy => ZeroCopyWish::Always(String::new()),
+        ZeroCopyMode::IoUring | ZeroCopyMode::IoUringFixed => {
+            ZeroCopyWish::Always(engine.to_owned())
+        }
+        ZeroCopyMode::Off => ZeroCopyWish::Off(String::new()),
+    }
+}
+
+/// How long the reason for a stream's failure may take to arrive on the conversation.
+pub(super) const REASON_WAIT: Duration = Duration::from_millis(500);

@@ -1,0 +1,86 @@
+//! Why a transfer failed, as the operator is told.
+
+use std::io;
+
+use serde_json::{Value, json};
+
+use crate::freeze::FreezeError;
+use crate::name::Name;
+use crate::peer::PeerError;
+use crate::region::RegionError;
+use crate::stream::StreamError;
+
+/// Why a transfer failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TransferError {
+    #[error("the transfer was cancelled")]
+    Cancelled,
+    #[error("{desc}")]
+    Refused { code: String, desc: String },
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    #[error("not finished within the timeout of {seconds} s")]
+    TimedOut { seconds: f32 },
+    #[error(
+        "{remaining} bytes are still dirty after {iterations} iterations, and when-not-converging is fail: allow more downtime (downtime-limit) or bandwidth, or slow the writer"
+    )]
+    NotConverging { iterations: u32, remaining: u64 },
+    #[error(
+        "{pages} pages were written after the freeze: the process that was stopped is not the only writer, or none was named (freeze)"
+    )]
+    NotFrozen { pages: u64 },
+    #[error(
+        "{bytes} bytes keep arriving with another checksum than they left with: either the link damages data, or something writes the region although nothing should (tracker none)"
+    )]
+    Corrupt { bytes: u64 },
+    #[error(
+        "region {name}: tracker scan of a live writer needs integrity = \"crc32c\": without checksums a value that comes and goes between two scans is lost"
+    )]
+    ScanWithoutIntegrity { name: Name },
+    #[error("{0} is not served by this version")]
+    NotServed(&'static str),
+    #[error("the receiver said {0} where the protocol has no place for it")]
+    OutOfPlace(String),
+    #[error("cannot {doing}: {source}")]
+    Local {
+        doing: &'static str,
+        source: io::Error,
+    },
+}
+
+impl TransferError {
+    /// The stable code under which this error is reported.
+    pub(super) fn code(&self) -> &str {
+        match self {
+            Self::Cancelled => "cancelled",
+            Self::Refused { code, .. } => code,
+            Self::Peer(error) => error.code(),
+            Self::Stream(error) => error.code(),
+            Self::Region(error) => error.code(),
+            Self::Freeze(error) => error.code(),
+            Self::TimedOut { .. } => "timeout",
+            Self::NotConverging { .. } => "not-converged",
+            Self::NotFrozen { .. } => "not-frozen",
+            Self::Corrupt { .. } => "corrupt",
+            Self::ScanWithoutIntegrity { .. } | Self::NotServed(_) => "invalid-argument",
+            Self::OutOfPlace(_) => "protocol",
+            Self::Local { .. } => "sender-failed",
+        }
+    }
+
+    /// For `map_err`: what was tried.
+    pub(super) fn local(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Local { doing, source }
+    }
+
+    /// As `query-migrate` shows it.
+    pub(super) fn to_json(&self) -> Value {
+        json!({"class": "GenericError", "desc": self.to_string(), "x-code": self.code()})
+    }
+}

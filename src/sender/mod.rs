@@ -1,0 +1,213 @@
+//! The sender daemon: knows Regions, and moves them when it is told to.
+//!
+//! ```text
+//!   control socket ─► commands ─► transfer ─► conversation with the receiver
+//!                        │           │
+//!                     registry     crew ─► a thread per stream
+//! ```
+
+mod commands;
+mod crew;
+mod error;
+mod registry;
+mod resolve;
+mod status;
+mod transfer;
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::{SenderConfig, TransferParameters, load_sender};
+use crate::control::{CommandError, EventBus, Server};
+use crate::daemon::{self, DaemonError};
+use crate::journal::{self, CommitSent, Journal};
+use crate::name::Name;
+use crate::notify::Notifier;
+use crate::wire::BootId;
+
+use registry::{Memory, Registry};
+use status::{Attempt, Status};
+use transfer::{Order, Outcome, Transfer};
+
+/// Pause between two looks at what the status line says.
+const STATUS_PAUSE: Duration = Duration::from_secs(1);
+
+/// Everything the sender's tasks share.
+#[derive(Debug)]
+struct Sender {
+    parameters: TransferParameters,
+    journal: Arc<Journal>,
+    boot_id: BootId,
+    events: EventBus,
+    state: Mutex<State>,
+    transfers: TaskTracker,
+    shutdown: CancellationToken,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    registry: Registry,
+    /// Attempts by id, and the order in which they were started.
+    attempts: HashMap<Name, Arc<Attempt>>,
+    order: Vec<Name>,
+}
+
+impl Sender {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The attempt with this id, or the latest.
+    fn attempt(&self, id: Option<&Name>) -> Option<Arc<Attempt>> {
+        let state = self.lock();
+        state
+            .attempts
+            .get(id.or_else(|| state.order.last())?)
+            .cloned()
+    }
+
+    /// Makes an attempt known. Its id may be that of one that has ended.
+    fn add_attempt(&self, attempt: &Arc<Attempt>) {
+        let mut state = self.lock();
+        state.order.retain(|id| *id != attempt.id);
+        state.order.push(attempt.id.clone());
+        state
+            .attempts
+            .insert(attempt.id.clone(), Arc::clone(attempt));
+    }
+
+    /// Runs an attempt whose Regions are claimed, to its end.
+    async fn carry_out(self: Arc<Self>, attempt: Arc<Attempt>, order: Order) {
+        let driven = match Transfer::new(Arc::clone(&attempt), order) {
+            Ok(transfer) => transfer.drive().await,
+            Err(error) => Err(error),
+        };
+        match driven {
+            Ok(Outcome::Committed(record)) => {
+                self.forget(&record);
+                attempt.enter(Status::Completed);
+            }
+            Ok(Outcome::Indeterminate(record)) => {
+                resolve::resolve(&attempt, &record, &self.journal, &self.shutdown).await;
+            }
+            Err(error) => attempt.fail(&error),
+        }
+        self.lock().registry.release(&attempt.id);
+    }
+
+    fn forget(&self, record: &CommitSent) {
+        if let Err(error) = self.journal.remove(record.nonce) {
+            tracing::warn!(id = %record.id, %error, "cannot remove the record of a decided transfer");
+        }
+    }
+
+    /// Goes on asking about commits that an earlier run of the daemon sent.
+    fn take_up_undecided(self: &Arc<Self>) -> std::io::Result<()> {
+        for record in resolve::undecided(&self.journal, &self.boot_id)? {
+            let parameters = self.parameters.clone();
+            let (id, regions) = (record.id.clone(), record.regions.clone());
+            let attempt = Attempt::new(id, regions, 0, parameters, self.events.clone());
+            attempt.begin_commit();
+            self.add_attempt(&attempt);
+            let sender = Arc::clone(self);
+            self.transfers.spawn(async move {
+                resolve::resolve(&attempt, &record, &sender.journal, &sender.shutdown).await;
+            });
+        }
+        Ok(())
+    }
+
+    /// Ends attempts that can still be ended, and waits for all of them.
+    async fn stop(&self) {
+        let attempts: Vec<_> = self.lock().attempts.values().cloned().collect();
+        for attempt in attempts {
+            if !attempt.status().is_final() {
+                attempt.request_cancel();
+            }
+        }
+        self.transfers.close();
+        self.transfers.wait().await;
+    }
+
+    /// One line for `systemctl status`.
+    fn status_line(&self) -> String {
+        let attempts: Vec<_> = self.lock().attempts.values().cloned().collect();
+        let under_way: Vec<_> = attempts
+            .iter()
+            .filter(|attempt| !attempt.status().is_final())
+            .collect();
+        match under_way.as_slice() {
+            [] => "Idle".to_owned(),
+            [one] => format!("Transfer {}: {}", one.id, one.status().as_str()),
+            many => format!("{} transfers under way", many.len()),
+        }
+    }
+}
+
+/// Runs the sender daemon until SIGTERM, SIGINT or `quit`.
+pub fn run(path: &Path) -> Result<(), DaemonError> {
+    let (config, warnings) = load_sender(path)?;
+    daemon::start_log(path, &config.log, &warnings)?;
+    daemon::block_on(serve(config))
+}
+
+async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
+    let shutdown = CancellationToken::new();
+    let runtime = &config.state.runtime_directory;
+    let failed = DaemonError::setup(format!(
+        "keep records in state.runtime-directory {}",
+        runtime.display()
+    ));
+    let journal = Journal::open(runtime).map_err(failed)?;
+    let sender = Arc::new(Sender {
+        parameters: config.transfer,
+        journal: Arc::new(journal),
+        boot_id: journal::boot_id().map_err(DaemonError::setup("read the boot id"))?,
+        events: EventBus::new(),
+        state: Mutex::default(),
+        transfers: TaskTracker::new(),
+        shutdown: shutdown.clone(),
+    });
+    for region in config.regions {
+        let (name, memory) = (region.name.clone(), Memory::Path(&region.path));
+        let added = sender
+            .lock()
+            .registry
+            .add(name, memory, region.tracker, region.freeze);
+        // A Region that is not there yet must not keep the others from being served.
+        if let Err(CommandError { desc, .. }) = added {
+            tracing::warn!(region = %region.name, "not added: {desc}");
+        }
+    }
+    let control = Server::bind(&config.control.socket, daemon::access(&config.control))
+        .map_err(DaemonError::setup("serve the control socket"))?;
+    daemon::stop_on_signals(shutdown.clone())?;
+    sender
+        .take_up_undecided()
+        .map_err(DaemonError::setup("read the journal"))?;
+    let commands = Arc::new(commands::SenderCommands::new(Arc::clone(&sender)));
+    let control = tokio::spawn(control.serve(commands, sender.events.clone(), shutdown.clone()));
+
+    let mut notifier = Notifier::new();
+    tracing::info!(socket = %config.control.socket.display(), "ready");
+    notifier.ready("Idle");
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(STATUS_PAUSE) => {
+                notifier.status(Instant::now(), &sender.status_line());
+            }
+            () = shutdown.cancelled() => break,
+        }
+    }
+    notifier.stopping("Stopping");
+    sender.stop().await;
+    sender.events.publish("SHUTDOWN", json!({}));
+    let _ = control.await;
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! After a commit whose answer was lost: asking the receiver until it says who owns the Regions.
+
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::endpoint::Endpoint;
+use crate::journal::{CommitSent, Journal};
+use crate::peer::{self, Conversation, PeerError};
+use crate::wire::{FromReceiver, FromSender, Owner, Preamble, Purpose, Token};
+
+use super::error::TransferError;
+use super::status::{Attempt, Status};
+
+/// Pause between two inquiries.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Asks until there is an answer, or until `shutdown`: then the record stays, and the next start of the
+/// daemon goes on asking.
+pub(super) async fn resolve(
+    attempt: &Attempt,
+    record: &CommitSent,
+    journal: &Journal,
+    shutdown: &CancellationToken,
+) {
+    attempt.enter(Status::Indeterminate);
+    let mut told = false;
+    loop {
+        let asked = tokio::select! {
+            asked = ask(record, attempt.parameters.stall_timeout) => asked,
+            () = shutdown.cancelled() => return,
+        };
+        match asked {
+            Ok(Owner::Destination) => break attempt.enter(Status::Completed),
+            Ok(Owner::Source) => {
+                thaw(record);
+                break attempt.fail(&TransferError::Refused {
+                    code: "not-owner".to_owned(),
+                    desc: "the receiver does not own the regions and never will: the writer goes on here".to_owned(),
+                });
+            }
+            Ok(Owner::Unknown) if !told => {
+                tracing::error!(id = %attempt.id, "the receiver was booted since the commit and cannot know who owns the regions: look at the destination");
+                told = true;
+            }
+            Err(error) if !told => {
+                tracing::warn!(id = %attempt.id, %error, "cannot ask the receiver who owns the regions; asking again every second");
+                told = true;
+            }
+            Ok(Owner::Unknown) | Err(_) => {}
+        }
+        tokio::select! {
+            () = tokio::time::sleep(PAUSE) => {}
+            () = shutdown.cancelled() => return,
+        }
+    }
+    if let Err(error) = journal.remove(record.nonce) {
+        tracing::warn!(id = %attempt.id, %error, "cannot remove the record of a decided transfer");
+    }
+}
+
+async fn ask(record: &CommitSent, patience: Duration) -> Result<Owner, PeerError> {
+    let endpoint: Endpoint = record.uri.parse().map_err(|error| {
+        PeerError::Lost(std::io::Error::new(
+            std::io::ErrorKind::InvalidInput,
+            format!("{error}"),
+        ))
+    })?;
+    let preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
+    let connection = peer::connect(&endpoint, preamble, patience).await?;
+    let mut talk = Conversation::<FromSender, FromReceiver>::start(connection, patience);
+    let boot_id = record.receiver_boot_id.clone();
+    talk.say(&FromSender::Inquire {
+        nonce: record.nonce,
+        boot_id,
+    })
+    .await?;
+    match talk.hear().await? {
+        FromReceiver::Owner { owner } => Ok(owner),
+        _ => Err(PeerError::Turned(
+            "it answered something else than was asked",
+        )),
+    }
+}
+
+fn thaw(record: &CommitSent) {
+    for process in &record.stopped {
+        if let Err(error) = process.thaw() {
+            tracing::error!(?process, %error, "the writer could not be started again");
+        }
+    }
+}
+
+/// Takes up what an earlier run of the daemon left undecided; records of another boot mean nothing.
+pub(super) fn undecided(
+    journal: &Journal,
+    boot_id: &crate::wire::BootId,
+) -> std::io::Result<Vec<CommitSent>> {
+    let mut records = Vec::new();
+    for record in journal.all::<CommitSent>()? {
+        if record.boot_id == *boot_id {
+            records.push(record);
+        } else {
+            journal.remove(record.nonce)?;
+        }
+    }
+    Ok(records)
+}

@@ -1,0 +1,362 @@
+//! What is known of an attempt, and how `query-migrate` shows it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::TransferParameters;
+use crate::control::EventBus;
+use crate::limits::PAGE_BYTES;
+use crate::name::Name;
+use crate::stats::StreamStats;
+
+/// Where an attempt is. Names are QEMU's where it has the state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Status {
+    Setup,
+    Active,
+    Device,
+    Completing,
+    Completed,
+    Failed,
+    Cancelling,
+    Cancelled,
+    Indeterminate,
+}
+
+impl Status {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::Device => "device",
+            Self::Completing => "completing",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+            Self::Indeterminate => "indeterminate",
+        }
+    }
+
+    /// Whether nothing more will happen.
+    pub(super) fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// One Iteration as it went.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct IterationRow {
+    pub(super) pass: u32,
+    pub(super) payload_bytes: u64,
+    pub(super) pages: u64,
+    pub(super) torn_pages: u64,
+    /// What is dirty at its end, as far as that is known.
+    pub(super) dirty_bytes: u64,
+    pub(super) time: Duration,
+    pub(super) flush_time: Duration,
+}
+
+/// Times around the freeze, each from its start.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Downtime {
+    pub(super) freeze: Duration,
+    pub(super) send: Duration,
+    pub(super) check: Duration,
+    pub(super) prepare: Duration,
+    pub(super) commit: Duration,
+    pub(super) total: Duration,
+}
+
+#[derive(Debug)]
+struct State {
+    status: Status,
+    /// The commit was recorded: there is no way back by cancelling.
+    commit_sent: bool,
+    ended: Option<Instant>,
+    setup_time: Option<Duration>,
+    expected_downtime: Option<Duration>,
+    remaining_bytes: u64,
+    dirty_pages_per_second: u64,
+    bytes_per_second: u64,
+    iterations: Vec<IterationRow>,
+    downtime: Option<Downtime>,
+    error: Option<Value>,
+}
+
+/// An attempt as the control socket sees it. The transfer writes it, anyone reads it.
+#[derive(Debug)]
+pub(super) struct Attempt {
+    pub(super) id: Name,
+    pub(super) regions: Vec<Name>,
+    pub(super) total_bytes: u64,
+    pub(super) parameters: TransferParameters,
+    pub(super) streams: Vec<Arc<StreamStats>>,
+    pub(super) cancel: CancellationToken,
+    pub(super) started: Instant,
+    events: EventBus,
+    state: Mutex<State>,
+}
+
+impl Attempt {
+    pub(super) fn new(
+        id: Name,
+        regions: Vec<Name>,
+        total_bytes: u64,
+        parameters: TransferParameters,
+        events: EventBus,
+    ) -> Arc<Self> {
+        let attempt = Self {
+            id,
+            regions,
+            total_bytes,
+            streams: std::iter::repeat_with(Arc::default)
+                .take(parameters.streams.into())
+                .collect(),
+            parameters,
+            cancel: CancellationToken::new(),
+            started: Instant::now(),
+            events,
+            state: Mutex::new(State {
+                status: Status::Setup,
+                commit_sent: false,
+                ended: None,
+                setup_time: None,
+                expected_downtime: None,
+                remaining_bytes: total_bytes,
+                dirty_pages_per_second: 0,
+                bytes_per_second: 0,
+                iterations: Vec::new(),
+                downtime: None,
+                error: None,
+            }),
+        };
+        attempt.announce(Status::Setup);
+        Arc::new(attempt)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn announce(&self, status: Status) {
+        self.events.publish(
+            "MIGRATION",
+            json!({"id": self.id, "status": status.as_str()}),
+        );
+    }
+
+    pub(super) fn status(&self) -> Status {
+        self.lock().status
+    }
+
+    /// Enters a state and announces it.
+    pub(super) fn enter(&self, status: Status) {
+        {
+            let mut state = self.lock();
+            // A cancel that was accepted stays visible until the attempt has ended.
+            if state.status == status || (state.status == Status::Cancelling && !status.is_final())
+            {
+                return;
+            }
+            state.status = status;
+            if status == Status::Active {
+                state.setup_time = Some(self.started.elapsed());
+            }
+            if status.is_final() {
+                state.ended = Some(Instant::now());
+            }
+            if status == Status::Completed {
+                state.remaining_bytes = 0;
+            }
+        }
+        tracing::info!(id = %self.id, status = status.as_str(), "transfer");
+        self.announce(status);
+    }
+
+    /// Ends the attempt without a hand-over.
+    pub(super) fn fail(&self, error: &super::error::TransferError) {
+        let cancelled = matches!(error, super::error::TransferError::Cancelled);
+        if !cancelled {
+            self.set_error(error);
+        }
+        self.enter(if cancelled {
+            Status::Cancelled
+        } else {
+            Status::Failed
+        });
+    }
+
+    pub(super) fn set_error(&self, error: &super::error::TransferError) {
+        tracing::warn!(id = %self.id, code = error.code(), %error, "transfer");
+        self.lock().error = Some(error.to_json());
+    }
+
+    /// Asks the transfer to end; `false` if it is too late for that: the commit is on its way.
+    pub(super) fn request_cancel(&self) -> bool {
+        {
+            let mut state = self.lock();
+            if state.commit_sent {
+                return false;
+            }
+            if state.status.is_final() || state.status == Status::Cancelling {
+                return true;
+            }
+            state.status = Status::Cancelling;
+            self.cancel.cancel();
+        }
+        self.announce(Status::Cancelling);
+        true
+    }
+
+    /// The commit is about to be recorded; `false` if a cancel came first. One lock decides which.
+    pub(super) fn begin_commit(&self) -> bool {
+        let mut state = self.lock();
+        state.commit_sent = !self.cancel.is_cancelled();
+        state.commit_sent
+    }
+
+    pub(super) fn iteration_ended(&self, row: IterationRow) {
+        let mut state = self.lock();
+        state.iterations.push(row);
+        state.remaining_bytes = row.dirty_bytes;
+        if !row.time.is_zero() && row.payload_bytes > 0 {
+            state.bytes_per_second = per_second(row.payload_bytes, row.time);
+        }
+        if row.pass > 1 {
+            state.dirty_pages_per_second = per_second(row.pages, row.time);
+        }
+        drop(state);
+        self.events
+            .publish("MIGRATION_PASS", json!({"id": self.id, "pass": row.pass}));
+    }
+
+    /// The rate of the last Iteration that had something to send, in payload bytes per second.
+    pub(super) fn bytes_per_second(&self) -> u64 {
+        self.lock().bytes_per_second
+    }
+
+    pub(super) fn expect(&self, downtime: Duration) {
+        self.lock().expected_downtime = Some(downtime);
+    }
+
+    pub(super) fn set_downtime(&self, downtime: Downtime) {
+        self.lock().downtime = Some(downtime);
+    }
+
+    fn sum(&self, counter: impl Fn(&StreamStats) -> u64) -> u64 {
+        self.streams.iter().map(|stream| counter(stream)).sum()
+    }
+
+    /// The answer of `query-migrate`: QEMU's members and units, and finer ones of our own.
+    pub(super) fn to_json(&self) -> Value {
+        let state = self.lock();
+        let total_time = state.ended.unwrap_or_else(Instant::now) - self.started;
+        let transferred = self.sum(|s| s.transferred.get());
+        // What this pass has settled so far is no longer to be sent.
+        let remaining = match (state.iterations.len(), state.status) {
+            (0, Status::Setup | Status::Active) => self
+                .total_bytes
+                .saturating_sub(self.sum(|s| s.settled_bytes.get())),
+            _ => state.remaining_bytes,
+        };
+        let settled_rate = match state.bytes_per_second {
+            0 => per_second(transferred, total_time),
+            rate => rate,
+        };
+        let mut shown = json!({
+            "id": self.id,
+            "status": state.status.as_str(),
+            "regions": self.regions,
+            "total-time": ms(total_time),
+            "ram": {
+                "total": self.total_bytes,
+                "remaining": remaining,
+                "transferred": transferred,
+                "normal": self.sum(|s| s.normal_pages.get()),
+                "normal-bytes": self.sum(|s| s.normal_bytes.get()),
+                "duplicate": self.sum(|s| s.duplicate_pages.get()),
+                "mbps": mbps(settled_rate),
+                "dirty-sync-count": state.iterations.len(),
+                "dirty-pages-rate": state.dirty_pages_per_second,
+                "page-size": PAGE_BYTES,
+                "torn": self.sum(|s| s.torn_pages.get()),
+                "dirty-sync-missed-zero-copy": self.sum(|s| s.missed_zero_copy.get()),
+            },
+            "zero-copy": self.zero_copy(),
+            "iterations": state.iterations.iter().map(row).collect::<Vec<_>>(),
+            "parameters": self.parameters.to_json(),
+        });
+        if let Some(time) = state.setup_time {
+            shown["setup-time"] = ms(time);
+        }
+        if let Some(downtime) = state.downtime {
+            shown["downtime"] = ms(downtime.total);
+            shown["downtime-us"] = us(downtime.total);
+            shown["downtime-breakdown-us"] = json!({
+                "freeze": us(downtime.freeze),
+                "send": us(downtime.send),
+                "check": us(downtime.check),
+                "prepare": us(downtime.prepare),
+                "commit": us(downtime.commit),
+            });
+        } else if let Some(expected) = state.expected_downtime {
+            shown["expected-downtime"] = ms(expected);
+        }
+        if let Some(error) = &state.error {
+            shown["error"] = error.clone();
+        }
+        shown
+    }
+
+    fn zero_copy(&self) -> Value {
+        let paths: Vec<_> = self.streams.iter().map(|stream| stream.path()).collect();
+        // The streams go separate ways only for a moment; the one that fell back is the news.
+        let shown = paths
+            .iter()
+            .find(|path| !path.reason.is_empty())
+            .or_else(|| paths.first());
+        json!({
+            "requested": self.parameters.zero_copy.as_str(),
+            "path": shown.map_or("", |path| path.path),
+            "sends": self.sum(|s| s.zero_copy_sends.get()),
+            "copied": self.sum(|s| s.zero_copy_copied.get()),
+            "reason": shown.map_or("", |path| &path.reason),
+        })
+    }
+}
+
+fn row(row: &IterationRow) -> Value {
+    json!({
+        "pass": row.pass,
+        "bytes": row.payload_bytes,
+        "pages": row.pages,
+        "torn": row.torn_pages,
+        "dirty-bytes": row.dirty_bytes,
+        "time-us": us(row.time),
+        "flush-us": us(row.flush_time),
+    })
+}
+
+fn ms(time: Duration) -> Value {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX).into()
+}
+
+fn us(time: Duration) -> Value {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX).into()
+}
+
+/// A count per second. An interval too short to measure counts as a microsecond.
+pub(super) fn per_second(count: u64, time: Duration) -> u64 {
+    let rate = u128::from(count) * 1_000_000 / time.as_micros().max(1);
+    u64::try_from(rate).unwrap_or(u64::MAX)
+}
+
+/// Mbit/s, as QEMU has it.
+#[expect(clippy::cast_precision_loss)] // shown to people
+fn mbps(bytes_per_second: u64) -> f64 {
+    bytes_per_second as f64 * 8.0 / 1e6
+}
