@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
+use crate::config::units::{Rate, Size};
 use crate::name::Name;
 
 /// Where a sender listens unless told otherwise.
@@ -199,16 +200,16 @@ pub struct CancelArgs {
 pub struct DemoArgs {
     /// Size of the Region to move.
     #[arg(long, default_value = "1GiB")]
-    pub size: String,
+    pub size: Size,
     /// Streams to move it with.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=i64::from(crate::limits::STREAMS_MAX)))]
     pub streams: u16,
     /// How much the writer writes meanwhile.
     #[arg(long, default_value = "256MiB/s", value_name = "RATE")]
-    pub dirty_rate: String,
+    pub dirty_rate: Rate,
     /// How much of the Region the writer writes to.
     #[arg(long, default_value = "128MiB", value_name = "SIZE")]
-    pub working_set: String,
+    pub working_set: Size,
     /// Zero-copy engine: auto, msg-zerocopy, io-uring, io-uring-fixed, off.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub zero_copy: String,
@@ -222,13 +223,13 @@ pub struct DemoArgs {
 pub struct WorkloadArgs {
     /// Size of the memory.
     #[arg(long)]
-    pub size: String,
+    pub size: Size,
     /// How much to write per second.
     #[arg(long, value_name = "RATE")]
-    pub dirty_rate: String,
+    pub dirty_rate: Rate,
     /// How much of the memory to write to.
     #[arg(long, value_name = "SIZE")]
-    pub working_set: String,
+    pub working_set: Size,
     /// File to keep the memory in; without it, memory without a name.
     #[arg(long, value_name = "FILE")]
     pub path: Option<PathBuf>,

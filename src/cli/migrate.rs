@@ -7,14 +7,13 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use super::args::MigrateArgs;
+use super::args::{MigrateArgs, ProgressMode};
 use super::exit::Exit;
+use super::interrupts::Interrupts;
 use super::output::{line, note, text};
 use super::progress::Progress;
 use super::status::{print_summary, query};
@@ -30,7 +29,7 @@ pub(super) fn run(socket: &Path, args: &MigrateArgs) -> Result<Exit, ClientError
     let mut connection = Connection::connect(socket)?;
     // From here on Ctrl-C is a wish, not an end: the daemon may have accepted already.
     let interrupts = (!args.detach && !args.dry_run)
-        .then(Interrupts::new)
+        .then(|| Interrupts::new(&[Signal::SIGINT]))
         .flatten();
     let accepted = connection.execute("migrate", request(args))?;
     if args.dry_run {
@@ -48,16 +47,8 @@ pub(super) fn run(socket: &Path, args: &MigrateArgs) -> Result<Exit, ClientError
         return Ok(Exit::Done);
     }
     connection.set_answer_deadline(LOOK_DEADLINE);
-    let mut watch = Watch {
-        connection,
-        id,
-        progress: Progress::new(args.progress),
-        interrupts,
-        cancel_asked: false,
-    };
-    let ended = watch.until_ended();
-    watch.progress.finish();
-    let last = match ended {
+    let mut watch = Watch::new(connection, id, args.progress, interrupts.as_ref());
+    let last = match watch.until_ended() {
         Ok(Some(last)) => last,
         Ok(None) => return Ok(Exit::Interrupted),
         Err(error) => {
@@ -115,17 +106,39 @@ fn print_plan(plan: &Value, as_json: bool) {
 }
 
 /// One transfer being watched.
-struct Watch {
+pub(super) struct Watch<'a> {
     connection: Connection,
     id: Option<String>,
     progress: Progress,
-    interrupts: Option<Interrupts>,
+    interrupts: Option<&'a Interrupts>,
     cancel_asked: bool,
 }
 
-impl Watch {
+impl<'a> Watch<'a> {
+    pub(super) fn new(
+        connection: Connection,
+        id: Option<String>,
+        mode: ProgressMode,
+        interrupts: Option<&'a Interrupts>,
+    ) -> Self {
+        let progress = Progress::new(mode);
+        Self {
+            connection,
+            id,
+            progress,
+            interrupts,
+            cancel_asked: false,
+        }
+    }
+
     /// The last `query-migrate`; nothing if the user left the transfer to itself.
-    fn until_ended(&mut self) -> Result<Option<Value>, ClientError> {
+    pub(super) fn until_ended(&mut self) -> Result<Option<Value>, ClientError> {
+        let ended = self.watch();
+        self.progress.finish();
+        ended
+    }
+
+    fn watch(&mut self) -> Result<Option<Value>, ClientError> {
         loop {
             let answer = self
                 .connection
@@ -171,12 +184,12 @@ impl Watch {
         // Events only tell that something has changed; `query-migrate` says what.
         while let Ok(Some(_)) = self.connection.next_event(Duration::ZERO) {}
         let mut fds = vec![PollFd::new(self.connection.as_fd(), PollFlags::POLLIN)];
-        if let Some(interrupts) = &self.interrupts {
-            fds.push(PollFd::new(interrupts.0.as_fd(), PollFlags::POLLIN));
+        if let Some(interrupts) = self.interrupts {
+            fds.push(PollFd::new(interrupts.as_fd(), PollFlags::POLLIN));
         }
         // An interrupted wait is only a short one.
         let _ = poll(&mut fds, PollTimeout::from(LOOK_EVERY_MS));
-        self.interrupts.as_ref().is_some_and(Interrupts::take)
+        self.interrupts.is_some_and(Interrupts::take)
     }
 }
 
@@ -185,33 +198,6 @@ fn has_ended(answer: &Value) -> bool {
         answer["status"].as_str(),
         Some("completed" | "failed" | "cancelled" | "indeterminate")
     )
-}
-
-/// Ctrl-C as something to read instead of the end of the process.
-#[derive(Debug)]
-struct Interrupts(SignalFd);
-
-impl Interrupts {
-    /// `None` if that cannot be had; then Ctrl-C ends the command and the transfer goes on.
-    fn new() -> Option<Self> {
-        let mut set = SigSet::empty();
-        set.add(Signal::SIGINT);
-        let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).ok()?;
-        // Blocked only now, so that a signal is never held back with nobody to read it.
-        set.thread_block().ok()?;
-        Some(Self(fd))
-    }
-
-    /// Whether Ctrl-C was pressed since the last call.
-    fn take(&self) -> bool {
-        loop {
-            match self.0.read_signal() {
-                Ok(found) => return found.is_some(),
-                Err(Errno::EINTR) => {}
-                Err(_) => return false,
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -9,15 +9,20 @@ use std::process::ExitCode;
 use clap::Parser;
 
 pub mod args;
+mod demo;
 pub mod exit;
+mod interrupts;
 mod migrate;
 pub mod output;
 pub mod progress;
 mod region;
 mod status;
+mod workload;
 
 use args::{Cli, Command};
 use exit::Exit;
+
+use crate::daemon::DaemonError;
 pub use status::print_summary;
 
 /// Runs what the command line says. Usage errors end the process inside, with code 2.
@@ -36,11 +41,11 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
             migrate::cancel(socket, id).map(|()| Exit::Done)
         }
         Command::Migrate(args) => migrate::run(socket, &args),
-        Command::Sender(_)
-        | Command::Receiver(_)
-        | Command::Demo(_)
-        | Command::Workload(_)
-        | Command::Check(_) => return without_client(&command),
+        Command::Sender(args) => return daemon(crate::sender::run(&args.config)),
+        Command::Receiver(args) => return daemon(crate::receiver::run(&args.config)),
+        Command::Demo(args) => return demo::run(&args),
+        Command::Workload(args) => return workload::run(args),
+        Command::Check(args) => return check(&args.file),
     };
     done.unwrap_or_else(|error| {
         output::note(format_args!("memferry: {error}"));
@@ -48,8 +53,26 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
     })
 }
 
-/// The verbs that are no clients of a running daemon.
-fn without_client(command: &Command) -> Exit {
-    output::note(format_args!("memferry: not wired: {command:?}"));
-    Exit::Other
+/// How a daemon ended.
+fn daemon(ended: Result<(), DaemonError>) -> Exit {
+    let Err(error) = ended else { return Exit::Done };
+    output::note(format_args!("memferry: {error}"));
+    match error {
+        DaemonError::Configuration(_) => Exit::Configuration,
+        DaemonError::Setup { .. } => Exit::Other,
+    }
+}
+
+/// Says whether a configuration file makes sense, and what in it does not fit this machine.
+fn check(file: &Path) -> Exit {
+    match crate::config::check_file(file) {
+        Ok(report) => {
+            output::line(report);
+            Exit::Done
+        }
+        Err(error) => {
+            output::note(format_args!("memferry: {error}"));
+            Exit::Configuration
+        }
+    }
 }

@@ -21,6 +21,10 @@ const TABLE: &[CommandInfo] = &[
         oob: false,
     },
     CommandInfo {
+        name: "query-status",
+        oob: false,
+    },
+    CommandInfo {
         name: "quit",
         oob: false,
     },
@@ -29,6 +33,8 @@ const TABLE: &[CommandInfo] = &[
 #[derive(Debug)]
 pub(super) struct ReceiverCommands {
     receiver: Arc<Receiver>,
+    /// Where it listens, with the ports the kernel chose.
+    listening: Vec<String>,
     shutdown: CancellationToken,
 }
 
@@ -43,8 +49,16 @@ struct QueryMigrate {
 }
 
 impl ReceiverCommands {
-    pub(super) fn new(receiver: Arc<Receiver>, shutdown: CancellationToken) -> Self {
-        Self { receiver, shutdown }
+    pub(super) fn new(
+        receiver: Arc<Receiver>,
+        listening: Vec<String>,
+        shutdown: CancellationToken,
+    ) -> Self {
+        Self {
+            receiver,
+            listening,
+            shutdown,
+        }
     }
 
     fn query_migrate(&self, id: Option<Name>) -> Result<Value, CommandError> {
@@ -81,6 +95,10 @@ impl Commands for ReceiverCommands {
             "query-regions" => {
                 let Nothing {} = call.parse()?;
                 Ok(self.query_regions())
+            }
+            "query-status" => {
+                let Nothing {} = call.parse()?;
+                Ok(json!({"status": "running", "running": true, "listen": self.listening}))
             }
             "quit" => {
                 let Nothing {} = call.parse()?;

@@ -151,6 +151,7 @@ async fn serve(config: ReceiverConfig) -> Result<(), DaemonError> {
     daemon::stop_on_signals(shutdown.clone())?;
     let commands = Arc::new(commands::ReceiverCommands::new(
         Arc::clone(&receiver),
+        listeners.addresses(),
         shutdown.clone(),
     ));
     let control = tokio::spawn(control.serve(commands, receiver.events.clone(), shutdown.clone()));

@@ -28,6 +28,7 @@ const TABLE: &[CommandInfo] = &[
     command("migrate", false),
     command("migrate_cancel", true),
     command("query-migrate", false),
+    command("query-status", false),
     command("quit", false),
 ];
 
@@ -245,6 +246,10 @@ impl Commands for SenderCommands {
             "migrate" => self.migrate(call).await,
             "migrate_cancel" => self.cancel(call.parse::<OfAttempt>()?.id.as_ref()),
             "query-migrate" => self.query_migrate(call.parse::<OfAttempt>()?.id.as_ref()),
+            "query-status" => {
+                let Nothing {} = call.parse()?;
+                Ok(json!({"status": "running", "running": true}))
+            }
             "quit" => {
                 let Nothing {} = call.parse()?;
                 self.sender.shutdown.cancel();

@@ -3,9 +3,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 
 /// A process, whatever happens to its number.
 #[derive(Debug)]
@@ -46,6 +49,15 @@ impl PidFd {
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         matches!(poll(&mut fds, PollTimeout::ZERO), Ok(n) if n > 0)
     }
+}
+
+/// Lets the child that `command` will start die with the thread that starts it, so that nothing
+/// outlives a parent that was killed.
+pub fn die_with_parent(command: &mut Command) {
+    let set = || nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from);
+    // SAFETY: between fork and exec the closure makes one `prctl` call, which is async-signal-safe, and
+    // allocates nothing: turning an errno into an `io::Error` is a matter of an integer.
+    unsafe { command.pre_exec(set) };
 }
 
 impl AsFd for PidFd {

@@ -23,7 +23,9 @@ use nix::sys::time::TimeSpec;
 pub use pacer::Pacer;
 pub use stamp::{STAMPED_BYTES, Stamp, first_torn_page, newest_stamp};
 
+use crate::client::{ClientError, Connection};
 use crate::config::units::Size;
+use crate::name::Name;
 use crate::region::{Access, Mapping};
 
 /// Pages filled between two looks at the signals: 256 MiB.
@@ -44,6 +46,17 @@ pub struct Options {
     pub path: Option<PathBuf>,
     /// Runs with different seeds write different content.
     pub seed: u64,
+    /// The sender that is told of the memory once it is filled.
+    pub register: Option<Registration>,
+}
+
+/// Where and as what to register.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registration {
+    /// The sender's control socket.
+    pub socket: PathBuf,
+    /// The Region's name.
+    pub name: Name,
 }
 
 /// What was written.
@@ -61,6 +74,9 @@ pub enum WorkloadError {
     /// Options that make no sense together.
     #[error("{0}")]
     Options(String),
+    /// The sender could not be told.
+    #[error(transparent)]
+    Register(#[from] ClientError),
     /// The memory could not be had, or not be written.
     #[error("{what}: {source}")]
     Memory {
@@ -138,6 +154,9 @@ pub fn run(
             return Ok(stopped(out, 0));
         }
     }
+    if let Some(register) = &options.register {
+        register.add(&writer.file)?;
+    }
     say(
         out,
         &serde_json::json!({
@@ -162,6 +181,22 @@ pub fn run(
         }
     }
     Ok(stopped(out, sequence))
+}
+
+impl Registration {
+    /// Hands the memory over as a descriptor, to be scanned, with this process as its writer.
+    fn add(&self, memory: &File) -> Result<(), ClientError> {
+        const FDNAME: &str = "workload";
+        let mut connection = Connection::connect(&self.socket)?;
+        connection.send_fd(FDNAME, memory.as_fd())?;
+        let region = serde_json::json!({
+            "name": self.name,
+            "fdname": FDNAME,
+            "tracker": {"kind": "scan"},
+            "freeze": {"kind": "pid", "pid": std::process::id()},
+        });
+        connection.execute("region-add", region).map(|_| ())
+    }
 }
 
 /// Says that it ends, after `sequence` writes.
@@ -210,8 +245,8 @@ struct Writer {
     mapping: Arc<Mapping>,
     path: String,
     seed: u64,
-    /// Keeps an anonymous memfd open, so that its path under /proc works.
-    _file: File,
+    /// Stays open, so that the path of an anonymous memfd under /proc works.
+    file: File,
 }
 
 impl Writer {
@@ -260,7 +295,7 @@ impl Writer {
             mapping,
             path,
             seed: options.seed,
-            _file: file,
+            file,
         })
     }
 

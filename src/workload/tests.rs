@@ -16,6 +16,7 @@ fn options(path: Option<PathBuf>) -> Options {
         working_set: 8 * 4096,
         path,
         seed: 1,
+        register: None,
     }
 }
 
