@@ -304,7 +304,7 @@ impl Transfer {
     /// released and everything that was sent is applied, on every stream.
     async fn iterate(&mut self) -> Result<(), TransferError> {
         self.iteration += 1;
-        let (started, read_before) = (Instant::now(), self.read_bytes());
+        let started = Instant::now();
         let plan = self.plan(self.owed.clone()).await?;
         let planned = plan.owed_pages();
         let reports = self.pass(plan, Pass::Send).await?;
@@ -312,7 +312,15 @@ impl Transfer {
         let time = started.elapsed();
         let pages: u64 = reports.iter().map(|report| report.pages).sum();
         self.changed_pages = pages.saturating_sub(planned);
-        self.inspect_bytes_per_second = per_second(self.read_bytes() - read_before, time);
+        // Streams read and send side by side, so their rates add up; what each of them takes for
+        // reading says nothing about the link, and the other way round.
+        let read = reports
+            .iter()
+            .map(|report| rate(report.read_bytes, report.read_time));
+        self.inspect_bytes_per_second = read.sum();
+        let sent = reports
+            .iter()
+            .map(|report| rate(report.payload_bytes, report.send_time));
         self.totals = reports.iter().map(|report| report.totals).collect();
         // What arrived torn is all that is still owed.
         self.owed = self
@@ -329,6 +337,7 @@ impl Transfer {
             pages,
             torn_pages: self.owed.iter().map(PageSet::count).sum(),
             dirty_bytes: self.remaining_bytes()?,
+            bytes_per_second: sent.sum(),
             time,
             flush_time: reports
                 .iter()
@@ -337,14 +346,6 @@ impl Transfer {
                 .unwrap_or_default(),
         });
         Ok(())
-    }
-
-    fn read_bytes(&self) -> u64 {
-        self.attempt
-            .streams
-            .iter()
-            .map(|stream| stream.read_bytes.get())
-            .sum()
     }
 
     /// What has to be looked at if `owed` is owed. Walks the holes of every Region, so it is not for
@@ -526,6 +527,15 @@ impl Transfer {
 fn under_way(talk: &mut Option<Talk>) -> Result<&mut Talk, PeerError> {
     talk.as_mut()
         .ok_or_else(|| PeerError::Lost(std::io::ErrorKind::NotConnected.into()))
+}
+
+/// A rate over what a stream did, 0 if it did nothing.
+fn rate(bytes: u64, time: Duration) -> u64 {
+    if bytes == 0 {
+        0
+    } else {
+        per_second(bytes, time)
+    }
 }
 
 async fn expired(limit: Option<Duration>) {

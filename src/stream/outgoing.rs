@@ -52,7 +52,13 @@ pub struct Report {
     pub pages: u64,
     /// Payload bytes sent.
     pub payload_bytes: u64,
-    /// Time spent waiting for the release of lent memory.
+    /// Bytes of memory read to be sent or compared.
+    pub read_bytes: u64,
+    /// Time spent reading them.
+    pub read_time: Duration,
+    /// Time spent sending, until everything was released and applied.
+    pub send_time: Duration,
+    /// The part of it spent waiting for the release of lent memory.
     pub flush_time: Duration,
     /// What the stream has carried since it opened.
     pub totals: StreamTotals,
@@ -165,9 +171,11 @@ impl OutgoingStream {
                 return Err(StreamError::Ended);
             }
             let (region, tracker) = &self.setup.regions[self.piece.region as usize];
+            let started = Instant::now();
             self.inspector
                 .inspect(region, tracker.fingerprints(), &self.piece)?;
-            self.stats.read_bytes.add(self.inspector.read_bytes);
+            report.read_time += started.elapsed();
+            report.read_bytes += self.inspector.read_bytes;
             let pages: u64 = self
                 .inspector
                 .table
@@ -177,17 +185,21 @@ impl OutgoingStream {
                 .sum();
             report.pages += pages;
             if pages > 0 && job.pass == Pass::Send {
+                let started = Instant::now();
                 report.payload_bytes += self.send(job.plan.iteration(), &mut report.torn)?;
+                report.send_time += started.elapsed();
             }
         }
         if job.pass == Pass::Send {
-            self.send_mark(job.plan.iteration())?;
             let started = Instant::now();
+            self.send_mark(job.plan.iteration())?;
+            let flushing = Instant::now();
             self.flush()?;
-            report.flush_time = started.elapsed();
+            report.flush_time = flushing.elapsed();
             while !self.unacknowledged.is_empty() {
                 self.read_ack(&mut report.torn)?;
             }
+            report.send_time += started.elapsed();
         }
         report.totals = self.totals;
         Ok(report)
