@@ -486,9 +486,13 @@ fn unexpected(message: Result<FromSender, PeerError>) -> AttemptError {
     }
 }
 
-/// Why a stream ended: the sender may just be telling us.
+/// Why a stream ended: if it was not from this side, the sender may just be telling us. What went wrong
+/// here is told at once, while the sender waits to hear why its connection broke.
 async fn failure(stream: u16, end: Result<(), StreamError>, talk: &mut Talk) -> AttemptError {
-    if let Ok(Ok(FromSender::Abort { code, desc })) = timeout(REASON_WAIT, talk.hear()).await {
+    let from_outside = matches!(end, Ok(()) | Err(StreamError::Lost { .. }));
+    if from_outside
+        && let Ok(Ok(FromSender::Abort { code, desc })) = timeout(REASON_WAIT, talk.hear()).await
+    {
         return AttemptError::Aborted { code, desc };
     }
     match end {

@@ -556,8 +556,12 @@ fn unexpected(message: FromReceiver) -> TransferError {
     }
 }
 
-/// Why a stream failed: the receiver may just be telling us.
+/// Why a stream failed: if its connection broke, the receiver may just be telling us. Whatever else
+/// went wrong here is the reason itself, and the receiver would only answer with what it saw of it.
 async fn reason(error: StreamError, talk: &mut Talk) -> TransferError {
+    if !matches!(error, StreamError::Lost { .. }) {
+        return error.into();
+    }
     match timeout(REASON_WAIT, talk.hear()).await {
         Ok(Ok(FromReceiver::Refuse { code, desc })) => TransferError::Refused { code, desc },
         _ => error.into(),
