@@ -80,7 +80,7 @@ impl Stage {
     /// A sender; `tables` are added to its configuration.
     pub(crate) fn sender_with(&self, tables: &str) -> Daemon {
         let config = format!("{}{tables}", self.common_config("sender"));
-        Daemon::start(self, "sender", &config, None)
+        Daemon::start(self, "sender", "sender", &config, None)
     }
 
     pub(crate) fn sender(&self) -> Daemon {
@@ -99,7 +99,7 @@ impl Stage {
         } else {
             config + &directory
         };
-        Daemon::start(self, "receiver", &config, None)
+        Daemon::start(self, "receiver", "receiver", &config, None)
     }
 
     pub(crate) fn receiver(&self) -> Daemon {
@@ -121,8 +121,15 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Starts `memferry WHO` and returns once it says that it is ready. `user`: as this user.
-    pub(crate) fn start(stage: &Stage, who: &str, config: &str, user: Option<u32>) -> Self {
+    /// Starts `memferry ROLE` with the files of `who`, and returns once it says that it is ready. `user`:
+    /// as this user.
+    pub(crate) fn start(
+        stage: &Stage,
+        role: &str,
+        who: &str,
+        config: &str,
+        user: Option<u32>,
+    ) -> Self {
         let config = stage.write(&format!("{who}.toml"), config);
         let log = stage.path(&format!("{who}.log"));
         let ready = stage.path(&format!("{who}.ready"));
@@ -134,7 +141,7 @@ impl Daemon {
             command.uid(user);
         }
         command
-            .arg(who)
+            .arg(role)
             .arg("--config")
             .arg(config)
             .env("NOTIFY_SOCKET", &ready)
