@@ -364,8 +364,16 @@ impl OutgoingStream {
                 self.zero_copy = ZeroCopyWish::Off(String::new());
                 self.stats
                     .set_path("plain", format!("{reason}; plain sends are faster then"));
-            } else if self.zero_copy != ZeroCopyWish::Off(String::new()) {
-                self.stats.set_path("msg-zerocopy", reason);
+            } else {
+                // Why it is not the engine that was asked for stays true whatever the kernel does.
+                match &self.zero_copy {
+                    ZeroCopyWish::Off(_) => {}
+                    ZeroCopyWish::Always(note) if !note.is_empty() => {
+                        self.stats
+                            .set_path("msg-zerocopy", format!("{note}; {reason}"));
+                    }
+                    _ => self.stats.set_path("msg-zerocopy", reason),
+                }
             }
         }
     }
