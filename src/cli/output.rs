@@ -81,9 +81,12 @@ pub fn bytes(count: f64) -> String {
     }
 }
 
-/// `1h 02m`, `1m 05s`, `4.2 s`.
+/// `1h 02m`, `1m 05s`, `4.2 s`, `42 ms`.
 #[must_use]
 pub fn seconds(count: f64) -> String {
+    if count < 1.0 {
+        return format!("{:.0} ms", count * 1e3);
+    }
     if count < 10.0 {
         return format!("{count:.1} s");
     }
@@ -134,6 +137,7 @@ mod tests {
         assert_eq!(bytes(512.0), "512 B");
         assert_eq!(bytes(1536.0 * 1024.0), "1.5 MiB");
         assert_eq!(bytes(3.0 * 1024.0_f64.powi(5)), "3072.0 TiB");
+        assert_eq!(seconds(0.0421), "42 ms");
         assert_eq!(seconds(4.23), "4.2 s");
         assert_eq!(seconds(65.0), "1m 05s");
         assert_eq!(seconds(3725.0), "1h 02m");

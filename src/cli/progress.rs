@@ -148,7 +148,8 @@ impl Snapshot {
                 }
                 parts.extend(self.payload());
             }
-            // The writer stands still, or it is over: no rate and no estimate means anything now.
+            "failed" | "cancelled" => {}
+            // The writer stands still, or is about to: no rate and no estimate means anything now.
             _ => parts.push(format!("{} left", bytes(self.remaining as f64))),
         }
         let mut line = String::new();

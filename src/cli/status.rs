@@ -74,6 +74,9 @@ fn summary(answer: &Value) -> Vec<String> {
         let code = code.map(|code| format!(" [{}]", printable(code)));
         row("error", printable(desc) + &code.unwrap_or_default());
     }
+    if let Some(told) = owner(status, answer) {
+        row("owner", told.to_owned());
+    }
     let total = number(&ram["total"]);
     row(
         "memory",
@@ -98,6 +101,17 @@ fn summary(answer: &Value) -> Vec<String> {
         row("zero-copy", zero_copy(&answer["zero-copy"]));
     }
     lines
+}
+
+/// Who has the memory now: what an operator wants to know first. Only a sender tells (rule 4).
+fn owner(status: &str, answer: &Value) -> Option<&'static str> {
+    answer["iterations"].as_array()?;
+    match status {
+        "completed" => Some("the receiver; the writer here stays stopped"),
+        "failed" | "cancelled" => Some("the source, which goes on; the receiver keeps nothing"),
+        "indeterminate" => Some("not known: the receiver has not answered the commit"),
+        _ => None,
+    }
 }
 
 /// How long it took; for a transfer that is done, also how fast its memory moved altogether.
@@ -218,6 +232,7 @@ mod tests {
             summary(&answer),
             [
                 "t1: completed",
+                "  owner        the receiver; the writer here stays stopped",
                 "  memory       2.0 GiB, 0 B left",
                 "  time         2.0 s, 1.00 GiB of memory per second",
                 "  sent         2.5 GiB in 1 pass",
