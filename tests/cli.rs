@@ -181,7 +181,7 @@ fn migrate_json_ends_with_one_line_and_progress_stays_on_standard_error() {
 fn the_exit_code_says_how_the_transfer_ended() {
     for (last, code) in [
         (
-            json!({"status": "failed", "error": {"desc": "gone", "x-code": "peer-lost"}}),
+            json!({"status": "failed", "error": {"desc": "gone", "x-code": "connection-lost"}}),
             4,
         ),
         (json!({"status": "cancelled"}), 5),

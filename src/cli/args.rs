@@ -97,21 +97,20 @@ pub struct RegionAddArgs {
     /// The file that is the memory: on shm, hugetlbfs, tmpfs or a disk.
     #[arg(long, value_name = "FILE")]
     pub path: PathBuf,
-    /// How changed pages are found. `pagemap` and `bitmap` need descriptors from the writer and are
-    /// added by it, through the control socket.
+    /// How changed pages are found; none if not given.
     #[arg(long, value_enum, value_name = "KIND")]
     pub tracker: Option<TrackerKind>,
-    /// How the writer is stopped for the last pass: none, pid=NUMBER, cgroup=DIRECTORY.
+    /// How the writer is stopped for the last pass: none, or pid=NUMBER to stop that process.
     #[arg(long, value_name = "KIND[=ARG]", value_parser = parse_freeze)]
     pub freeze: Option<Freeze>,
 }
 
-/// Trackers that need nothing from the writer.
+/// How changed pages are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TrackerKind {
-    /// The memory does not change.
+    /// They are not: nothing writes the memory while it moves.
     None,
-    /// Compare a hash of every page with the last pass.
+    /// By comparing a hash of every page with that of the pass before.
     Scan,
 }
 
@@ -141,8 +140,8 @@ impl Freeze {
 /// Arguments of `memferry migrate`.
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
-    /// The receiver: tcp:HOST:PORT, tls:HOST:PORT, unix:PATH or vsock:CID:PORT. The port may be left
-    /// out of the first two, and an IPv6 address stands in brackets.
+    /// The receiver: tcp:HOST, tcp:HOST:PORT or unix:PATH. The port is 4440 if left out, and an IPv6
+    /// address stands in brackets.
     pub uri: String,
     /// Name of this transfer, for `status` and `cancel`; made up if not given.
     #[arg(long)]
@@ -210,7 +209,7 @@ pub struct DemoArgs {
     /// How much of the Region the writer writes to.
     #[arg(long, default_value = "128MiB", value_name = "SIZE")]
     pub working_set: Size,
-    /// Zero-copy engine: auto, msg-zerocopy, io-uring, io-uring-fixed, off.
+    /// Zero-copy engine: auto, msg-zerocopy or off.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub zero_copy: String,
     /// End standard output with one line of JSON: the final state, and what the comparison found.
@@ -270,8 +269,7 @@ fn parse_freeze(text: &str) -> Result<Freeze, String> {
     match (kind, argument) {
         ("none", None) => Ok(Freeze::None),
         ("client", None) => Err(
-            "client is for a program that registers its own Region through the control socket; \
-             for a file use pid=NUMBER or cgroup=DIRECTORY"
+            "client is for a program that registers its own Region; for a file use pid=NUMBER"
                 .into(),
         ),
         ("pid", Some(pid)) => match pid.parse() {
@@ -282,7 +280,7 @@ fn parse_freeze(text: &str) -> Result<Freeze, String> {
         ("cgroup", _) => Err("write it as cgroup=/sys/fs/cgroup/NAME".into()),
         ("pid", None) => Err("write it as pid=NUMBER".into()),
         ("command", _) => Err("commands can be given in the configuration file only".into()),
-        _ => Err("use none, pid=NUMBER or cgroup=DIRECTORY".into()),
+        _ => Err("use none or pid=NUMBER".into()),
     }
 }
 

@@ -37,19 +37,28 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// The exit code of an error with this machine code (`x-code`), if it has one of its own.
+    /// The exit code of an error with this machine code (`x-code`); nothing for a code that this version
+    /// does not know. `docs/operating.md` says what each code means, and a test that all are here.
     #[must_use]
     pub fn of_code(code: &str) -> Option<Self> {
         Some(match code {
             "cancelled" => Self::Cancelled,
             "not-converged" | "timeout" | "freeze-timeout" => Self::NotConverged,
-            "corrupt" | "verification" | "torn" => Self::Verification,
-            "refused" | "exists" | "not-allowed" | "unauthorized" | "version" | "too-large"
-            | "not-owner" | "busy" => Self::Refused,
-            "no-space" | "no-memory" | "no-descriptors" | "no-huge-pages" | "memlock" | "limit" => {
-                Self::Resources
-            }
-            "configuration" => Self::Configuration,
+            "corrupt" | "incomplete" => Self::Verification,
+            "refused" | "exists" | "not-allowed" | "version" | "too-large" | "not-owner"
+            | "busy" => Self::Refused,
+            "no-space" | "region-map" => Self::Resources,
+            "invalid-argument" => Self::Usage,
+            "access-denied" => Self::Unreachable,
+            "unreachable" | "connection-lost" | "peer-silent" | "stalled" | "line-damage"
+            | "protocol" | "not-frozen" | "receiver-failed" => Self::Failed,
+            // Why a Region cannot be added or moved, or a request cannot be followed: if it ends a
+            // transfer, that transfer has failed, and otherwise nothing was begun.
+            "region-open" | "region-kind" | "region-too-long" | "region-resized"
+            | "region-read" | "freeze-refused" | "writer-gone" | "sender-failed"
+            | "region-exists" | "region-unknown" | "region-busy" | "page-size" | "no-regions"
+            | "id-in-use" | "no-such-transfer" | "too-late" | "bad-request"
+            | "command-not-found" | "no-descriptor" => Self::Other,
             _ => return None,
         })
     }
@@ -74,6 +83,7 @@ impl Exit {
             Some("failed") => last["error"]["x-code"]
                 .as_str()
                 .and_then(Self::of_code)
+                .filter(|exit| *exit != Self::Other)
                 .unwrap_or(Self::Failed),
             // Neither done nor failed: whoever reads 4 as "the source runs on" would be wrong.
             _ => Self::Other,
@@ -101,11 +111,13 @@ mod tests {
             (json!({"status": "indeterminate"}), 1),
             (json!({}), 1),
             (json!({"status": "failed"}), 4),
-            (failed("peer-lost"), 4),
+            (failed("connection-lost"), 4),
             (failed("not-converged"), 6),
             (failed("corrupt"), 7),
             (failed("exists"), 8),
             (failed("no-space"), 9),
+            (failed("writer-gone"), 4),
+            (failed("of a later version"), 4),
         ] {
             assert_eq!(Exit::of_transfer(&last) as u8, want, "{last}");
         }

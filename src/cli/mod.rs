@@ -49,6 +49,13 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
     };
     done.unwrap_or_else(|error| {
         output::note(format_args!("memferry: {error}"));
+        if error.code() == Some(crate::control::code::COMMAND_NOT_FOUND) {
+            // The two daemons answer different commands, and their sockets are easily mixed up.
+            output::note(format_args!(
+                "The daemon on {} does not know that command: name a sender's socket with --socket or MEMFERRY_SOCKET.",
+                socket.display()
+            ));
+        }
         Exit::of_error(&error)
     })
 }

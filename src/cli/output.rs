@@ -34,6 +34,36 @@ pub fn table(rows: &[Vec<String>]) {
     }
 }
 
+/// Breaks a line between words, so that no part is wider than `columns` if words allow that; every part
+/// but the first is indented.
+#[must_use]
+pub fn wrap(text: &str, columns: usize, indent: usize) -> Vec<String> {
+    let width = columns.max(2 * indent);
+    let mut parts = Vec::new();
+    let mut part = String::new();
+    let mut rest = text;
+    while !rest.is_empty() {
+        // The blanks before a word belong to it: some of them align columns.
+        let blanks = rest.len() - rest.trim_start_matches(' ').len();
+        let word = rest[blanks..]
+            .find(' ')
+            .map_or(rest.len(), |end| blanks + end);
+        let (next, after) = rest.split_at(word);
+        let fits = part.chars().count() + next.chars().count() <= width;
+        if fits || part.trim().is_empty() {
+            part.push_str(next);
+        } else {
+            parts.push(std::mem::replace(
+                &mut part,
+                " ".repeat(indent) + next.trim_start_matches(' '),
+            ));
+        }
+        rest = after;
+    }
+    parts.push(part);
+    parts
+}
+
 /// `1.5 GiB`.
 #[must_use]
 pub fn bytes(count: f64) -> String {
@@ -51,9 +81,12 @@ pub fn bytes(count: f64) -> String {
     }
 }
 
-/// `1h 02m`, `1m 05s`, `4.2 s`.
+/// `1h 02m`, `1m 05s`, `4.2 s`, `42 ms`.
 #[must_use]
 pub fn seconds(count: f64) -> String {
+    if count < 1.0 {
+        return format!("{:.0} ms", count * 1e3);
+    }
     if count < 10.0 {
         return format!("{count:.1} s");
     }
@@ -104,9 +137,23 @@ mod tests {
         assert_eq!(bytes(512.0), "512 B");
         assert_eq!(bytes(1536.0 * 1024.0), "1.5 MiB");
         assert_eq!(bytes(3.0 * 1024.0_f64.powi(5)), "3072.0 TiB");
+        assert_eq!(seconds(0.0421), "42 ms");
         assert_eq!(seconds(4.23), "4.2 s");
         assert_eq!(seconds(65.0), "1m 05s");
         assert_eq!(seconds(3725.0), "1h 02m");
+    }
+
+    #[test]
+    fn a_long_line_breaks_between_words_under_its_value() {
+        let text = "  error        one two three four five";
+        assert_eq!(wrap(text, usize::MAX, 15), [text]);
+        assert_eq!(
+            wrap(text, 30, 15),
+            ["  error        one two three", "               four five"]
+        );
+        let word = "x".repeat(100);
+        assert_eq!(wrap(&word, 30, 15), [word.as_str()]);
+        assert_eq!(wrap("", 30, 15), [""]);
     }
 
     #[test]

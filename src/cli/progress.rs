@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::args::ProgressMode;
-use super::output::{bytes, note, number, seconds, text};
+use super::output::{bytes, note, number, printable, seconds, text};
 use crate::sys::terminal;
 
 /// Time between two lines in a log.
@@ -21,17 +21,35 @@ const COLUMNS_DEFAULT: usize = 80;
 /// Below this a terminal has no room for the bar.
 const BAR_COLUMNS_MIN: usize = 60;
 
+/// Share of the rate by which the streams must be ahead of the writer for an estimate to mean anything:
+/// both rates are measured, and the difference of two large numbers is mostly their error.
+const GAIN_MIN: f64 = 0.1;
+
 /// What is shown of one `query-migrate`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Snapshot {
     phase: String,
-    pass: u64,
+    /// Iterations that have ended.
+    passes: u64,
+    /// Iterations after which the transfer no longer waits for the writer.
+    passes_max: Option<u64>,
     total: u64,
     remaining: u64,
     bytes_per_second: f64,
     dirty_per_second: f64,
+    path: String,
     sends: f64,
     copied: f64,
+}
+
+/// When the transfer will be done, as far as that can be told.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Outlook {
+    /// Nothing can be told, or nothing needs to be: only in `active` something is counted down.
+    Unknown,
+    /// The writer is about as fast as the streams: more passes leave as much to be sent.
+    NotConverging,
+    Seconds(f64),
 }
 
 impl Snapshot {
@@ -41,11 +59,16 @@ impl Snapshot {
         let ram = &answer["ram"];
         Self {
             phase: text(&answer["status"]),
-            pass: ram["dirty-sync-count"].as_u64().unwrap_or(0),
+            passes: ram["dirty-sync-count"].as_u64().unwrap_or(0),
+            passes_max: answer["parameters"]["max-iterations"].as_u64(),
             total: ram["total"].as_u64().unwrap_or(0),
             remaining: ram["remaining"].as_u64().unwrap_or(0),
             bytes_per_second: number(&ram["mbps"]) * 1e6 / 8.0,
             dirty_per_second: number(&ram["dirty-pages-rate"]) * number(&ram["page-size"]),
+            path: answer["zero-copy"]["path"]
+                .as_str()
+                .map(printable)
+                .unwrap_or_default(),
             sends: number(&answer["zero-copy"]["sends"]),
             copied: number(&answer["zero-copy"]["copied"]),
         }
@@ -63,32 +86,71 @@ impl Snapshot {
         }
     }
 
-    /// Seconds until nothing is left, at the present rates; `None` while that never happens.
-    fn eta(&self) -> Option<f64> {
+    /// Seconds until nothing is left, at the present rates.
+    fn outlook(&self) -> Outlook {
+        if self.phase != "active" || self.bytes_per_second <= 0.0 {
+            return Outlook::Unknown;
+        }
         let gain = self.bytes_per_second - self.dirty_per_second;
-        (gain > 0.0).then(|| self.remaining as f64 / gain)
+        if gain < GAIN_MIN * self.bytes_per_second {
+            return Outlook::NotConverging;
+        }
+        Outlook::Seconds(self.remaining as f64 / gain)
+    }
+
+    /// How far it is: a share in the first pass; from then on how much there still is to be sent.
+    fn extent(&self) -> String {
+        let remaining = bytes(self.remaining as f64);
+        match self.passes {
+            0 => format!(
+                "{:.0} %  {}/{}",
+                self.percent().floor(),
+                bytes(self.done() as f64),
+                bytes(self.total as f64)
+            ),
+            // The first pass sent everything, so it could not find what was written meanwhile.
+            1 => format!("up to {remaining} left"),
+            _ => format!("{remaining} left"),
+        }
+    }
+
+    /// How payload leaves, as it was observed.
+    fn payload(&self) -> Option<String> {
+        if self.path == "plain" {
+            return Some("plain sends".into());
+        }
+        (self.sends > 0.0).then(|| {
+            let share = 100.0 * (1.0 - self.copied / self.sends).max(0.0);
+            format!("zero-copy {share:.0} %")
+        })
     }
 
     /// The line, at most `width` columns: the most important parts first, and whole parts only.
     #[must_use]
     pub fn line(&self, width: usize) -> String {
-        let mut parts = vec![format!("{} {:3.0} %", self.phase, self.percent().floor())];
-        parts.push(format!(
-            "{}/{}",
-            bytes(self.done() as f64),
-            bytes(self.total as f64)
-        ));
-        parts.push(format!("{}/s", bytes(self.bytes_per_second)));
-        parts.push(match self.eta() {
-            Some(eta) => format!("ETA {}", seconds(eta)),
-            None if self.bytes_per_second > 0.0 => "not converging".into(),
-            None => "ETA -".into(),
-        });
-        parts.push(format!("pass {}", self.pass));
-        parts.push(format!("dirty {}/s", bytes(self.dirty_per_second)));
-        if self.sends > 0.0 {
-            let share = 100.0 * (1.0 - self.copied / self.sends).max(0.0);
-            parts.push(format!("zero-copy {share:.0} %"));
+        let mut parts = vec![self.phase.clone()];
+        match self.phase.as_str() {
+            "setup" | "completed" => parts.push(bytes(self.total as f64)),
+            "active" => {
+                parts.extend(self.extent().split("  ").map(str::to_owned));
+                parts.push(format!("{}/s", bytes(self.bytes_per_second)));
+                parts.push(match self.outlook() {
+                    Outlook::Seconds(left) => format!("ETA {}", seconds(left)),
+                    Outlook::NotConverging => "not converging".into(),
+                    Outlook::Unknown => "ETA -".into(),
+                });
+                parts.push(match self.passes_max {
+                    Some(max) => format!("pass {}/{max}", self.passes + 1),
+                    None => format!("pass {}", self.passes + 1),
+                });
+                if self.passes > 1 {
+                    parts.push(format!("dirty {}/s", bytes(self.dirty_per_second)));
+                }
+                parts.extend(self.payload());
+            }
+            "failed" | "cancelled" => {}
+            // The writer stands still, or is about to: no rate and no estimate means anything now.
+            _ => parts.push(format!("{} left", bytes(self.remaining as f64))),
         }
         let mut line = String::new();
         for part in parts {
@@ -103,15 +165,20 @@ impl Snapshot {
     }
 
     fn json(&self) -> Value {
+        let eta = match self.outlook() {
+            Outlook::Seconds(left) => json!(left),
+            Outlook::NotConverging | Outlook::Unknown => Value::Null,
+        };
         json!({
             "status": self.phase,
-            "pass": self.pass,
+            "pass": self.passes,
             "percent": self.percent(),
             "total": self.total,
             "remaining": self.remaining,
             "bytes-per-second": self.bytes_per_second,
             "dirty-bytes-per-second": self.dirty_per_second,
-            "eta-seconds": self.eta(),
+            "eta-seconds": eta,
+            "zero-copy-path": self.path,
             "zero-copy-sends": self.sends,
             "zero-copy-copied": self.copied,
         })
@@ -163,7 +230,8 @@ impl Progress {
                     "[            ] ".len()
                 };
                 bar.set_length(snapshot.total);
-                bar.set_position(snapshot.done());
+                // Later passes send again what was written since; the bar does not run backwards.
+                bar.set_position(snapshot.done().max(bar.position()));
                 bar.set_message(snapshot.line(columns.saturating_sub(taken)));
             }
             Shown::Lines { json, last } => {
@@ -223,15 +291,25 @@ mod tests {
             "status": "active",
             "ram": {"total": 4_u64 << 30, "remaining": 1_u64 << 30, "mbps": 8589.934592,
                     "dirty-sync-count": 2, "dirty-pages-rate": 65536, "page-size": 4096},
-            "zero-copy": {"sends": 100, "copied": 25},
+            "zero-copy": {"path": "msg-zerocopy", "sends": 100, "copied": 25},
+            "parameters": {"max-iterations": 30},
         }))
     }
 
     #[test]
     fn the_line_has_everything_where_there_is_room() {
+        let first = Snapshot {
+            passes: 0,
+            dirty_per_second: 0.0,
+            ..snapshot()
+        };
+        assert_eq!(
+            first.line(usize::MAX),
+            "active  75 %  3.0 GiB/4.0 GiB  1.0 GiB/s  ETA 1.0 s  pass 1/30  zero-copy 75 %"
+        );
         assert_eq!(
             snapshot().line(usize::MAX),
-            "active  75 %  3.0 GiB/4.0 GiB  1.0 GiB/s  ETA 1.3 s  pass 2  dirty 256.0 MiB/s  zero-copy 75 %"
+            "active  1.0 GiB left  1.0 GiB/s  ETA 1.3 s  pass 3/30  dirty 256.0 MiB/s  zero-copy 75 %"
         );
     }
 
@@ -242,22 +320,69 @@ mod tests {
             assert!(line.chars().count() <= width, "{width}: {line}");
             assert!(snapshot().line(usize::MAX).starts_with(&line));
         }
-        assert_eq!(snapshot().line(39), "active  75 %  3.0 GiB/4.0 GiB");
-        assert_eq!(snapshot().line(12), "active  75 %");
+        assert_eq!(snapshot().line(33), "active  1.0 GiB left  1.0 GiB/s");
+        assert_eq!(snapshot().line(12), "active");
     }
 
     #[test]
-    fn missing_members_and_hopeless_rates_still_make_a_line() {
-        let empty = Snapshot::new(&json!({}));
-        assert_eq!(
-            empty.line(80),
-            "-   0 %  0 B/0 B  0 B/s  ETA -  pass 0  dirty 0 B/s"
-        );
-        let slow = Snapshot {
-            dirty_per_second: 1e12,
+    fn what_the_first_pass_left_is_only_known_to_be_at_most_that() {
+        let after = Snapshot {
+            passes: 1,
             ..snapshot()
         };
-        assert!(slow.line(200).contains("not converging"));
-        assert_eq!(slow.json()["eta-seconds"], Value::Null);
+        assert!(after.line(30).starts_with("active  up to 1.0 GiB left"));
+    }
+
+    #[test]
+    fn only_an_active_transfer_has_an_estimate() {
+        for phase in ["device", "completing", "cancelling", "indeterminate"] {
+            let phase = Snapshot {
+                phase: phase.into(),
+                ..snapshot()
+            };
+            assert_eq!(phase.line(200), format!("{}  1.0 GiB left", phase.phase));
+            assert_eq!(phase.json()["eta-seconds"], Value::Null);
+        }
+        let setup = Snapshot {
+            phase: "setup".into(),
+            ..snapshot()
+        };
+        assert_eq!(setup.line(200), "setup  4.0 GiB");
+        let done = Snapshot {
+            phase: "completed".into(),
+            ..snapshot()
+        };
+        assert_eq!(done.line(200), "completed  4.0 GiB");
+    }
+
+    #[test]
+    fn a_writer_as_fast_as_the_streams_is_not_given_days_to_go() {
+        for dirty in [0.95, 1.0, 1000.0] {
+            let slow = Snapshot {
+                dirty_per_second: dirty * snapshot().bytes_per_second,
+                ..snapshot()
+            };
+            assert!(slow.line(200).contains("  not converging  "));
+            assert_eq!(slow.json()["eta-seconds"], Value::Null);
+        }
+    }
+
+    #[test]
+    fn a_transfer_that_fell_back_is_said_to_send_plainly() {
+        let plain = Snapshot {
+            path: "plain".into(),
+            ..snapshot()
+        };
+        assert!(plain.line(200).ends_with("  plain sends"));
+    }
+
+    #[test]
+    fn missing_members_still_make_a_line() {
+        assert_eq!(Snapshot::new(&json!({})).line(80), "-  0 B left");
+        let active = Snapshot::new(&json!({"status": "active"}));
+        assert_eq!(
+            active.line(80),
+            "active  0 %  0 B/0 B  0 B/s  ETA -  pass 1"
+        );
     }
 }

@@ -1,13 +1,22 @@
 //! One transfer for a person: while it runs (`status`) and once it has ended (`migrate`, `demo`).
 
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use serde_json::{Value, json};
 
 use super::args::StatusArgs;
-use super::output::{bytes, line, number, printable, seconds, table, text};
+use super::output::{bytes, line, number, printable, seconds, table, text, wrap};
 use crate::client::{ClientError, Connection};
 use crate::name::Name;
+use crate::sys::terminal;
+
+/// What the values of the summary are indented by.
+const INDENT: usize = 15;
+
+/// Above this many passes the table shows the first and the last ones; `--json` has all.
+const PASSES_SHOWN_MAX: usize = 12;
 
 pub(super) fn run(socket: &Path, args: &StatusArgs) -> Result<(), ClientError> {
     let mut connection = Connection::connect(socket)?;
@@ -30,13 +39,20 @@ pub(super) fn query(id: Option<&str>) -> Value {
 
 /// Prints a `query-migrate` answer for a person, on standard output.
 pub fn print_summary(answer: &Value) {
+    let stdout = io::stdout();
+    let columns = stdout
+        .is_terminal()
+        .then(|| terminal::columns(stdout.as_fd()).unwrap_or(80));
+    // What is piped somewhere stays one line per fact.
     for text in summary(answer) {
-        line(text);
+        for part in wrap(&text, columns.unwrap_or(usize::MAX), INDENT) {
+            line(part);
+        }
     }
     let passes = passes(answer);
     if passes.len() > 1 {
         line("");
-        table(&passes);
+        table(&shortened(passes));
     }
 }
 
@@ -58,49 +74,112 @@ fn summary(answer: &Value) -> Vec<String> {
         let code = code.map(|code| format!(" [{}]", printable(code)));
         row("error", printable(desc) + &code.unwrap_or_default());
     }
+    if let Some(told) = owner(status, answer) {
+        row("owner", told.to_owned());
+    }
     let total = number(&ram["total"]);
     row(
         "memory",
-        format!(
-            "{}, {} left",
-            bytes(total),
-            bytes(number(&ram["remaining"]))
-        ),
+        match ram["remaining"].as_f64() {
+            Some(left) => format!("{}, {} left", bytes(total), bytes(left)),
+            None => bytes(total),
+        },
     );
-    let time = number(&answer["total-time"]) / 1e3;
-    row("time", seconds(time));
-    if time > 0.0 {
-        let sent = number(&ram["transferred"]);
-        let gib = f64::from(1 << 30);
-        row(
-            "sent",
-            format!("{}, {:.2} GiB/s of memory", bytes(sent), total / time / gib),
-        );
+    if let Some(time) = answer["total-time"].as_f64() {
+        row("time", time_and_rate(status, total, time / 1e3));
     }
-    if let Some(downtime) = answer["downtime-us"].as_f64() {
-        row("downtime", format!("{:.2} ms", downtime / 1e3));
-    } else if let Some(downtime) = answer["downtime"].as_f64() {
-        row("downtime", format!("{downtime:.0} ms"));
-    } else if let Some(expected) = answer["expected-downtime"].as_f64() {
-        row("downtime", format!("{expected:.0} ms expected"));
+    if let Some(sent) = ram["transferred"].as_f64() {
+        row("sent", sent_in_passes(sent, answer));
     }
-    if answer["zero-copy"].is_object() {
+    if let Some(told) = downtime(answer) {
+        row("downtime", told);
+    }
+    if answer["zero-copy"]["path"]
+        .as_str()
+        .is_some_and(|path| !path.is_empty())
+    {
         row("zero-copy", zero_copy(&answer["zero-copy"]));
     }
     lines
+}
+
+/// Who has the memory now: what an operator wants to know first. Only a sender tells (rule 4).
+fn owner(status: &str, answer: &Value) -> Option<&'static str> {
+    answer["iterations"].as_array()?;
+    match status {
+        "completed" => Some("the receiver; the writer here stays stopped"),
+        "failed" | "cancelled" => Some("the source, which goes on; the receiver keeps nothing"),
+        "indeterminate" => Some("not known: the receiver has not answered the commit"),
+        _ => None,
+    }
+}
+
+/// How long it took; for a transfer that is done, also how fast its memory moved altogether.
+fn time_and_rate(status: &str, total: f64, time: f64) -> String {
+    if status != "completed" || time <= 0.0 {
+        return seconds(time);
+    }
+    let gib = f64::from(1 << 30);
+    format!(
+        "{}, {:.2} GiB of memory per second",
+        seconds(time),
+        total / time / gib
+    )
+}
+
+/// The receiver counts no passes.
+fn sent_in_passes(sent: f64, answer: &Value) -> String {
+    match answer["iterations"].as_array().map_or(0, Vec::len) {
+        0 => bytes(sent),
+        1 => format!("{} in 1 pass", bytes(sent)),
+        passes => format!("{} in {passes} passes", bytes(sent)),
+    }
+}
+
+/// How long the writer stood still, or would if it were stopped now.
+fn downtime(answer: &Value) -> Option<String> {
+    let ms = |us: f64| format!("{:.1}", us / 1e3);
+    let Some(total) = answer["downtime-us"].as_f64() else {
+        let (told, how) = match answer["downtime"].as_f64() {
+            Some(downtime) => (downtime, ""),
+            None => (answer["expected-downtime"].as_f64()?, " expected"),
+        };
+        return Some(format!("{told:.0} ms{how}"));
+    };
+    let parts = ["freeze", "send", "check", "prepare", "commit"];
+    let parts: Vec<_> = parts
+        .iter()
+        .filter_map(|part| {
+            let us = answer["downtime-breakdown-us"][part].as_f64()?;
+            Some(format!("{part} {}", ms(us)))
+        })
+        .collect();
+    Some(match parts.as_slice() {
+        [] => format!("{} ms", ms(total)),
+        parts => format!("{} ms: {}", ms(total), parts.join(", ")),
+    })
 }
 
 /// The path that is active, what it did, and why it is not the one that was asked for.
 fn zero_copy(found: &Value) -> String {
     let sends = number(&found["sends"]);
     let copied = number(&found["copied"]);
-    let mut told = text(&found["path"]);
-    if found["requested"].is_string() && found["requested"] != found["path"] {
-        told += &format!(" (asked for {})", text(&found["requested"]));
-    }
-    told += &format!(", {sends:.0} sends");
+    let path = match found["path"].as_str() {
+        Some("plain") => "plain sends".to_owned(),
+        _ => text(&found["path"]),
+    };
+    let asked = text(&found["requested"]);
+    let mut told = match asked.as_str() {
+        "-" => path,
+        "off" if path == "plain sends" => "off".to_owned(),
+        asked if asked == path => path,
+        asked => format!("{path} (asked for {asked})"),
+    };
     if sends > 0.0 {
-        told += &format!(", {:.0} % copied by the kernel", 100.0 * copied / sends);
+        told += &format!(
+            ", {sends:.0} zero-copy sends of which {:.0} % were copied",
+            100.0 * copied / sends
+        );
     }
     match found["reason"].as_str() {
         Some(reason) if !reason.is_empty() => format!("{told}: {}", printable(reason)),
@@ -126,6 +205,15 @@ fn passes(answer: &Value) -> Vec<Vec<String>> {
     rows
 }
 
+/// The heading, the first and the last rows of a long table.
+fn shortened(mut rows: Vec<Vec<String>>) -> Vec<Vec<String>> {
+    if rows.len() > 1 + PASSES_SHOWN_MAX {
+        let half = PASSES_SHOWN_MAX / 2;
+        rows.splice(1 + half..rows.len() - half, [vec!["…".to_owned()]]);
+    }
+    rows
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,6 +222,7 @@ mod tests {
     fn the_summary_tells_what_was_moved_how_fast_and_by_which_path() {
         let answer = json!({
             "id": "t1", "status": "completed", "total-time": 2000, "downtime": 1, "downtime-us": 1234,
+            "downtime-breakdown-us": {"freeze": 100, "commit": 200},
             "ram": {"total": 1_u64 << 31, "remaining": 0, "transferred": (1_u64 << 31) + (1 << 29)},
             "zero-copy": {"requested": "auto", "path": "msg-zerocopy", "sends": 200, "copied": 200,
                           "reason": "the kernel copies on loopback"},
@@ -143,12 +232,13 @@ mod tests {
             summary(&answer),
             [
                 "t1: completed",
+                "  owner        the receiver; the writer here stays stopped",
                 "  memory       2.0 GiB, 0 B left",
-                "  time         2.0 s",
-                "  sent         2.5 GiB, 1.00 GiB/s of memory",
-                "  downtime     1.23 ms",
-                "  zero-copy    msg-zerocopy (asked for auto), 200 sends, 100 % copied by the kernel: \
-                 the kernel copies on loopback",
+                "  time         2.0 s, 1.00 GiB of memory per second",
+                "  sent         2.5 GiB in 1 pass",
+                "  downtime     1.2 ms: freeze 0.1, commit 0.2",
+                "  zero-copy    msg-zerocopy (asked for auto), 200 zero-copy sends of which 100 % were \
+                 copied: the kernel copies on loopback",
             ]
         );
         assert_eq!(passes(&answer)[1], ["1", "2.0 GiB", "4.0 KiB", "1.9 ms"]);
@@ -161,6 +251,41 @@ mod tests {
         let lines = summary(&answer);
         assert_eq!(lines[0], "failed");
         assert_eq!(lines[1], "  error        peer ? said no [exists]");
+    }
+
+    #[test]
+    fn plain_sends_are_called_that() {
+        let told = |requested: &str, reason: &str| {
+            zero_copy(
+                &json!({"requested": requested, "path": "plain", "sends": 0, "reason": reason}),
+            )
+        };
+        assert_eq!(told("off", ""), "off");
+        assert_eq!(told("auto", "why"), "plain sends (asked for auto): why");
+    }
+
+    #[test]
+    fn a_long_table_keeps_its_beginning_and_its_end() {
+        let rows = |count: usize| (0..=count).map(|n| vec![n.to_string()]).collect::<Vec<_>>();
+        assert_eq!(shortened(rows(12)), rows(12));
+        let short = shortened(rows(31));
+        assert_eq!(short.len(), 14);
+        assert_eq!(short[6..9].concat(), ["6", "…", "26"]);
+        assert_eq!(short[13], ["31"]);
+    }
+
+    #[test]
+    fn what_a_receiver_does_not_count_is_left_out() {
+        let answer =
+            json!({"id": "t", "status": "active", "ram": {"total": 1024, "transferred": 512}});
+        assert_eq!(
+            summary(&answer),
+            [
+                "t: active",
+                "  memory       1.0 KiB",
+                "  sent         512 B"
+            ]
+        );
     }
 
     #[test]

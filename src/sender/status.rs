@@ -226,14 +226,17 @@ impl Attempt {
 
     pub(super) fn iteration_ended(&self, row: IterationRow) {
         let mut state = self.lock();
+        if let Some(before) = state.iterations.last() {
+            // A page found changed in this pass was written since the one before had read it: on
+            // average the mean of the two passes ago.
+            let since = (before.time + row.time) / 2;
+            state.dirty_pages_per_second = per_second(row.pages, since);
+        }
         state.iterations.push(row);
         state.remaining_bytes = row.dirty_bytes;
         // A handful of pages says nothing about the link: what they take is a round trip.
         if row.payload_bytes >= RATE_BYTES_MIN || state.bytes_per_second == 0 {
             state.bytes_per_second = row.bytes_per_second;
-        }
-        if row.pass > 1 {
-            state.dirty_pages_per_second = per_second(row.pages, row.time);
         }
         drop(state);
         self.events
