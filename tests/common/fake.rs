@@ -364,7 +364,7 @@ impl FakeSender {
     /// Why the receiver ended the attempt.
     pub(crate) fn refusal(&mut self) -> String {
         match hear_receiver(&mut self.conversation) {
-            Some(FromReceiver::Refuse { code, .. }) => code,
+            Some(FromReceiver::Refuse { code, .. }) => code.to_string(),
             other => panic!("not refused: {other:?}"),
         }
     }
