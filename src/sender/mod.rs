@@ -58,6 +58,21 @@ struct State {
     order: Vec<Name>,
 }
 
+impl State {
+    /// A Region among `names` whose owner an attempt has yet to settle. One that an earlier run of the
+    /// daemon left undecided has claimed nothing here, and its Regions may be the receiver's (rule 4).
+    fn under_way_with<'a>(&'a self, names: &'a [Name]) -> Option<(&'a Name, &'a Attempt)> {
+        let attempts = self.attempts.values();
+        attempts
+            .filter(|attempt| !attempt.status().is_final())
+            .find_map(|attempt| {
+                let mut names = names.iter();
+                let name = names.find(|name| attempt.regions.contains(name))?;
+                Some((name, &**attempt))
+            })
+    }
+}
+
 impl Sender {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -101,10 +101,7 @@ impl Registry {
             ));
         };
         match &registered.busy {
-            Some(attempt) => Err(CommandError::new(
-                "region-busy",
-                format!("Region '{name}' is being moved by '{attempt}'"),
-            )),
+            Some(attempt) => Err(busy(name, attempt)),
             None => Ok(registered),
         }
     }
@@ -160,6 +157,14 @@ impl Registry {
         };
         self.0.iter().map(show).collect()
     }
+}
+
+/// Why a Region cannot be had now.
+pub(super) fn busy(name: &Name, attempt: &Name) -> CommandError {
+    CommandError::new(
+        "region-busy",
+        format!("Region '{name}' is being moved by '{attempt}'"),
+    )
 }
 
 /// Where a Region's memory is.
