@@ -411,43 +411,28 @@ fn under_way() -> (Pair, Writer) {
 #[test]
 fn a_receiver_that_dies_fails_the_transfer_and_leaves_nothing() {
     let (mut pair, writer) = under_way();
-    let Pair {
-        receiver, stage, ..
-    } = pair;
-    receiver.kill();
+    pair.receiver.kill();
     pair.sender.wait_failed("r", "connection-lost");
-    pair.sender.assert_alive();
     writer.assert_runs();
-    assert_eq!(listing(&stage.arrived()), [""; 0]);
+    assert_eq!(listing(&pair.stage.arrived()), [""; 0]);
 
-    let mut receiver = stage.receiver();
-    assert_eq!(listing(&stage.arrived()), [""; 0]);
-    let order = json!({"uri": receiver.uri(), "id": "again"});
-    pair.sender.call("migrate", order);
-    pair.sender.wait("again", "completed");
-    assert_same(&writer.path, &stage.arrived().join("r"));
+    pair.receiver = pair.stage.receiver();
+    pair.uri = pair.receiver.uri();
+    pair.assert_nothing_happened(&[]);
+    pair.transfer("r", json!({}));
+    assert_same(&writer.path, &pair.destination("r"));
 }
 
 #[test]
 fn a_sender_that_dies_leaves_nothing_and_can_begin_again() {
     let (mut pair, writer) = under_way();
-    let Pair {
-        sender, stage, uri, ..
-    } = pair;
-    sender.kill();
+    pair.sender.kill();
     let failed = pair.receiver.wait_arrival("r", "failed");
     assert_eq!(failed["error"]["x-code"], "connection-lost");
-    pair.receiver.assert_alive();
-    assert_eq!(listing(&stage.arrived()), [""; 0]);
     writer.assert_runs();
 
-    let sender = stage.sender();
-    let mut pair = Pair {
-        sender,
-        receiver: pair.receiver,
-        uri,
-        stage,
-    };
+    pair.sender = pair.stage.sender();
+    pair.assert_nothing_happened(&[]);
     pair.add_live("r", &writer);
     pair.transfer("r", json!({}));
     assert_same(&writer.path, &pair.destination("r"));
