@@ -13,7 +13,7 @@ use crate::name::Name;
 use crate::wire::Hex128;
 
 use super::Sender;
-use super::registry::{Claim, Memory};
+use super::registry::{self, Claim, Memory};
 use super::status::Attempt;
 use super::transfer::{Order, Transfer};
 
@@ -153,6 +153,9 @@ impl SenderCommands {
                     "no-regions",
                     "There is no region to be moved: add one with region-add",
                 ));
+            }
+            if let Some((name, attempt)) = state.under_way_with(&names) {
+                return Err(registry::busy(name, &attempt.id));
             }
             let (claim, regions) = state.registry.claim(&names, &id)?;
             let total = regions

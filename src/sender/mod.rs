@@ -59,6 +59,21 @@ struct State {
     order: Vec<Name>,
 }
 
+impl State {
+    /// A Region among `names` whose owner an attempt has yet to settle. One that an earlier run of the
+    /// daemon left undecided has claimed nothing here, and its Regions may be the receiver's (rule 4).
+    fn under_way_with<'a>(&'a self, names: &'a [Name]) -> Option<(&'a Name, &'a Attempt)> {
+        let attempts = self.attempts.values();
+        attempts
+            .filter(|attempt| !attempt.status().is_final())
+            .find_map(|attempt| {
+                let mut names = names.iter();
+                let name = names.find(|name| attempt.regions.contains(name))?;
+                Some((name, &**attempt))
+            })
+    }
+}
+
 impl Sender {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -134,15 +149,15 @@ impl Sender {
             let attempt = Attempt::new(id, regions, 0, parameters, self.events.clone());
             attempt.begin_commit();
             self.add_attempt(&attempt);
-            self.lock()
-                .registry
-                .set_undecided(&attempt.regions, &attempt.id);
             let sender = Arc::clone(self);
             self.transfers.spawn(async move {
                 let owner =
                     resolve::resolve(&attempt, &record, &sender.journal, &sender.shutdown).await;
-                if owner.is_some() {
-                    sender.lock().registry.set_decided(&attempt.id);
+                if owner == Some(Owner::Destination) {
+                    sender
+                        .lock()
+                        .registry
+                        .set_moved(&attempt.regions, &attempt.id);
                 }
             });
         }
@@ -200,7 +215,6 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
         transfers: TaskTracker::new(),
         shutdown: shutdown.clone(),
     });
-    // First: what an earlier run has not decided may not be added.
     sender
         .take_up_undecided()
         .map_err(DaemonError::setup("read the journal"))?;

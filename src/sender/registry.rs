@@ -45,8 +45,6 @@ pub(super) struct Claim {
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     regions: BTreeMap<Name, Registered>,
-    /// Names in commits of an earlier run that are not decided: nobody may add them now.
-    undecided: BTreeMap<Name, Name>,
     claims: u64,
 }
 
@@ -63,14 +61,6 @@ impl Registry {
             return Err(CommandError::new(
                 "region-exists",
                 format!("Region '{name}' was added already; remove it first"),
-            ));
-        }
-        if let Some(attempt) = self.undecided.get(&name) {
-            return Err(CommandError::new(
-                "region-busy",
-                format!(
-                    "Region '{name}' may belong to the receiver of '{attempt}', which has not said so yet"
-                ),
             ));
         }
         let region = match memory {
@@ -214,15 +204,13 @@ impl Registry {
         }
     }
 
-    /// Keeps names from being added while nobody knows who owns their memory.
-    pub(super) fn set_undecided(&mut self, names: &[Name], attempt: &Name) {
-        self.undecided
-            .extend(names.iter().map(|name| (name.clone(), attempt.clone())));
-    }
-
-    /// The owner is known.
-    pub(super) fn set_decided(&mut self, attempt: &Name) {
-        self.undecided.retain(|_, undecided| undecided != attempt);
+    /// A commit of an earlier run turned out to have handed these over.
+    pub(super) fn set_moved(&mut self, names: &[Name], attempt: &Name) {
+        for name in names {
+            if let Some(registered) = self.regions.get_mut(name) {
+                registered.hold = Hold::Moved(attempt.clone());
+            }
+        }
     }
 
     /// The answer of `query-regions`.
@@ -250,7 +238,8 @@ impl Registry {
     }
 }
 
-fn busy(name: &Name, attempt: &Name) -> CommandError {
+/// Why a Region cannot be had now.
+pub(super) fn busy(name: &Name, attempt: &Name) -> CommandError {
     CommandError::new(
         "region-busy",
         format!("Region '{name}' is being moved by '{attempt}'"),

@@ -255,9 +255,14 @@ impl Daemon {
     }
 
     /// Ends it as a crash would.
-    pub(crate) fn kill(mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Waits until it has ended by itself, as it was told to.
+    pub(crate) fn wait_end(&mut self) {
+        assert!(self.child.wait().unwrap().success());
     }
 
     /// A client verb, run as a process against this daemon.
