@@ -147,7 +147,7 @@ impl SenderCommands {
                     format!("There is a transfer with id '{id}' under way"),
                 ));
             }
-            let names = migrate.regions.unwrap_or_else(|| state.registry.movable());
+            let names = migrate.regions.unwrap_or_else(|| state.registry.names());
             if names.is_empty() {
                 return Err(CommandError::new(
                     "no-regions",

@@ -123,13 +123,9 @@ impl Registry {
         self.regions.get(name).ok_or_else(unknown)
     }
 
-    /// Names of all Regions that could be moved.
-    pub(super) fn movable(&self) -> Vec<Name> {
-        let free = self
-            .regions
-            .iter()
-            .filter(|(_, registered)| registered.hold == Hold::Free);
-        free.map(|(name, _)| name.clone()).collect()
+    /// Names of all Regions.
+    pub(super) fn names(&self) -> Vec<Name> {
+        self.regions.keys().cloned().collect()
     }
 
     /// Gives the Regions to an attempt; all of them or none.
