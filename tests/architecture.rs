@@ -282,6 +282,7 @@ fn codes() -> BTreeSet<String> {
             );
         }
     }
+    codes.retain(|code| code.bytes().all(|b| b.is_ascii_lowercase() || b == b'-'));
     assert!(codes.len() > 30, "{codes:?}");
     codes
 }
