@@ -33,6 +33,28 @@ pub enum FreezeError {
         /// The process.
         pid: i32,
     },
+    /// Whether it has stopped cannot be seen.
+    #[error(
+        "cannot see whether process {pid} has stopped: {source}: /proc must show it to the sender"
+    )]
+    Unseen {
+        /// The process.
+        pid: i32,
+        /// Why.
+        source: io::Error,
+    },
+    /// It stood still and runs again, and not by our doing.
+    #[error(
+        "process {pid} was frozen, and somebody else let it go on: its thread {thread} is in state {state}"
+    )]
+    Continued {
+        /// The process.
+        pid: i32,
+        /// A thread that runs.
+        thread: i32,
+        /// What it does, as in proc_pid_stat(5).
+        state: char,
+    },
     /// It did not stop in time.
     #[error(
         "process {pid} did not stop within {seconds} s (freeze-timeout): thread {thread} is in state {state}"
@@ -54,7 +76,8 @@ impl FreezeError {
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
-            Self::Process { .. } => "freeze-refused",
+            Self::Process { .. } | Self::Unseen { .. } => "freeze-refused",
+            Self::Continued { .. } => "not-frozen",
             Self::Ended { .. } => "writer-gone",
             Self::TimedOut { .. } => "freeze-timeout",
         }
@@ -105,13 +128,27 @@ impl Process {
         }
     }
 
-    /// A thread that is not stopped, with its state; `None` once all are.
+    /// A thread that is not stopped, with its state; `None` once all are. What cannot be looked at
+    /// does not count as stopped: it is an error.
     fn running_thread(&self) -> Result<Option<(i32, char)>, FreezeError> {
-        let threads = fs::read_dir(format!("/proc/{}/task", self.pid));
+        let unseen = |source| FreezeError::Unseen {
+            pid: self.pid,
+            source,
+        };
+        let threads = match fs::read_dir(format!("/proc/{}/task", self.pid)) {
+            Err(error) if has_gone(&error) && self.pidfd.has_ended() => {
+                return Err(FreezeError::Ended { pid: self.pid });
+            }
+            threads => threads.map_err(unseen)?,
+        };
         let mut running = None;
-        for entry in threads.into_iter().flatten().flatten() {
-            let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
-                continue; // A thread that has just ended runs no more.
+        for entry in threads {
+            let entry = entry.map_err(unseen)?;
+            let stat = match fs::read_to_string(entry.path().join("stat")) {
+                Ok(stat) => stat,
+                // A thread that has just ended runs no more.
+                Err(error) if has_gone(&error) => continue,
+                Err(error) => return Err(unseen(error)),
             };
             let state = thread_state(&stat);
             // A thread that has ended (Z, X) writes nothing any more; the others must be stopped.
@@ -137,11 +174,18 @@ impl Process {
             return Ok(false);
         }
         self.signal(libc::SIGSTOP)?;
+        let stopped = self.wait_until_stopped(timeout);
+        if stopped.is_err() {
+            let _ = self.signal(libc::SIGCONT);
+        }
+        stopped.map(|()| true)
+    }
+
+    fn wait_until_stopped(&self, timeout: Duration) -> Result<(), FreezeError> {
         let started = Instant::now();
         let mut pause = LOOK_PAUSES.0;
         while let Some((thread, state)) = self.running_thread()? {
             if started.elapsed() >= timeout {
-                let _ = self.signal(libc::SIGCONT);
                 let seconds = timeout.as_secs_f32();
                 return Err(FreezeError::TimedOut {
                     pid: self.pid,
@@ -153,12 +197,17 @@ impl Process {
             thread::sleep(pause);
             pause = (pause * 2).min(LOOK_PAUSES.1);
         }
-        Ok(true)
+        Ok(())
     }
 
     fn start_time(&self) -> Option<u64> {
         start_time(self.pid)
     }
+}
+
+/// Whether a file under /proc is not there because what it tells of has ended.
+fn has_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// The state letter of a `/proc/…/stat` line: the name before it may contain anything, even `)`.
@@ -187,20 +236,27 @@ pub struct StoppedProcess {
 }
 
 impl StoppedProcess {
-    /// Lets it go on, if the number still means the same process.
+    /// Lets it go on, if the number still means the same process; one that has ended needs nothing.
     pub fn thaw(&self) -> Result<(), FreezeError> {
-        let process = Process::open(self.pid)?;
+        let process = match Process::open(self.pid) {
+            Err(FreezeError::Process { source, .. }) if has_gone(&source) => return Ok(()),
+            process => process?,
+        };
         if process.start_time() != self.start_time {
-            return Err(FreezeError::Ended { pid: self.pid });
+            return Ok(());
         }
-        process.signal(libc::SIGCONT)
+        match process.signal(libc::SIGCONT) {
+            Err(FreezeError::Ended { .. }) => Ok(()),
+            sent => sent,
+        }
     }
 }
 
 /// Writers that stand still because of us. Dropping it lets them go on.
 #[derive(Debug, Default)]
 pub struct Frozen {
-    stopped: Vec<Arc<Process>>,
+    /// Each process once, and whether it was us who stopped it.
+    processes: Vec<(Arc<Process>, bool)>,
 }
 
 impl Frozen {
@@ -208,21 +264,36 @@ impl Frozen {
     /// those that were stopped go on. Blocks for up to `timeout` for each process.
     pub fn freeze(freezers: &[Freezer], timeout: Duration) -> Result<Self, FreezeError> {
         let mut frozen = Self::default();
-        let mut seen = Vec::new();
         for freezer in freezers {
             let Freezer::Pid(process) = freezer else {
                 continue;
             };
-            if seen.contains(&process.pid) {
+            if frozen
+                .processes
+                .iter()
+                .any(|(other, _)| other.pid == process.pid)
+            {
                 continue;
             }
-            seen.push(process.pid);
             // One that stood still before us is not ours to start again.
-            if process.stop(timeout)? {
-                frozen.stopped.push(Arc::clone(process));
-            }
+            let ours = process.stop(timeout)?;
+            frozen.processes.push((Arc::clone(process), ours));
         }
         Ok(frozen)
+    }
+
+    /// That everything that was frozen still is.
+    pub fn check(&self) -> Result<(), FreezeError> {
+        for (process, _) in &self.processes {
+            if let Some((thread, state)) = process.running_thread()? {
+                return Err(FreezeError::Continued {
+                    pid: process.pid,
+                    thread,
+                    state,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// What the journal has to remember, so that a restarted sender can thaw.
@@ -232,18 +303,19 @@ impl Frozen {
             pid: process.pid,
             start_time: process.start_time(),
         };
-        self.stopped.iter().map(record).collect()
+        let ours = self.processes.iter().filter(|(_, ours)| *ours);
+        ours.map(|(process, _)| record(process)).collect()
     }
 
     /// Leaves the writers stopped for good: the memory has another owner now.
     pub fn keep(mut self) {
-        self.stopped.clear();
+        self.processes.clear();
     }
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        for process in &self.stopped {
+        for (process, _) in self.processes.iter().filter(|(_, ours)| *ours) {
             if let Err(error) = process.signal(libc::SIGCONT) {
                 tracing::error!(pid = process.pid, %error, "the writer could not be started again");
             }
@@ -330,8 +402,11 @@ mod tests {
             start_time: Some(1),
             ..record.clone()
         };
-        assert!(other.thaw().is_err());
-        assert!(sleeper.is_stopped());
+        other.thaw().unwrap();
+        assert!(
+            sleeper.is_stopped(),
+            "another process under that number is left alone"
+        );
         record.thaw().unwrap();
         assert!(sleeper.runs_again());
     }
@@ -348,6 +423,16 @@ mod tests {
             Process::open(i32::MAX).unwrap_err().code(),
             "freeze-refused"
         );
+    }
+
+    #[test]
+    fn a_writer_that_somebody_else_continues_is_noticed() {
+        let sleeper = Sleeper::start();
+        let frozen = Frozen::freeze(&[Freezer::Pid(sleeper.process())], TIMEOUT).unwrap();
+        frozen.check().unwrap();
+        sleeper.process().signal(libc::SIGCONT).unwrap();
+        assert!(sleeper.runs_again());
+        assert_eq!(frozen.check().unwrap_err().code(), "not-frozen");
     }
 
     #[test]

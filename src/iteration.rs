@@ -66,6 +66,10 @@ impl Plan {
             packet_pages >= BLOCK_PAGES,
             "a packet holds at least one block"
         );
+        assert!(
+            runs.iter().all(|run| run.range.count > 0),
+            "an empty run would end the plan early"
+        );
         Self {
             iteration,
             packet_pages,

@@ -4,13 +4,13 @@
 //! with the host as the Regions themselves do, so nothing here waits for a disk. Every record carries
 //! the boot it was written on; on another boot it is worth nothing.
 //!
-//! The first decision about a nonce stands: a record is linked into place, and a second one for the
-//! same nonce finds the first instead. That is what makes "committed" and "refused for ever" exclude
+//! The first decision about a nonce stands: a record is moved into place without replacing anything,
+//! and a second one for the same nonce finds the first instead. That is what makes "committed" and "refused for ever" exclude
 //! each other, whatever connection or process asks.
 
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -19,6 +19,12 @@ use serde::{Deserialize, Serialize};
 use crate::freeze::StoppedProcess;
 use crate::name::Name;
 use crate::wire::{BootId, Hex128};
+
+/// What names of drafts begin with.
+const DRAFT: &str = ".draft-";
+
+/// The file with the journal's identity.
+const IDENTITY: &str = "identity";
 
 /// What a sender writes before it sends the commit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,7 +71,7 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens the directory; makes it if it is missing.
+    /// Opens the directory; makes it if it is missing, and removes drafts that a killed daemon left.
     pub fn open(directory: &Path) -> io::Result<Self> {
         fs::DirBuilder::new()
             .recursive(true)
@@ -74,11 +80,40 @@ impl Journal {
         let journal = Self {
             directory: directory.to_owned(),
         };
+        for entry in fs::read_dir(directory)? {
+            let path = entry?.path();
+            if path
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(DRAFT))
+            {
+                fs::remove_file(path)?;
+            }
+        }
         // Finds out now, and not at the first commit, whether we may write here.
-        let probe = journal.directory.join(".probe");
-        fs::write(&probe, "")?;
-        fs::remove_file(&probe)?;
+        tempfile::Builder::new()
+            .prefix(DRAFT)
+            .tempfile_in(directory)?;
         Ok(journal)
+    }
+
+    /// What tells this journal from any other on the same boot: a receiver that was given another
+    /// directory knows nothing of what was committed here, and must not pretend to.
+    pub fn identity(&self) -> io::Result<Hex128> {
+        let path = self.directory.join(IDENTITY);
+        match fs::read_to_string(&path) {
+            Ok(text) => Hex128::try_from(text).map_err(io::Error::other),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let identity = Hex128::random()?;
+                fs::write(&path, identity.to_string())?;
+                Ok(identity)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How many records there are.
+    pub fn records(&self) -> io::Result<usize> {
+        fs::read_dir(&self.directory).map(Iterator::count)
     }
 
     fn path(&self, nonce: Hex128) -> PathBuf {
@@ -91,23 +126,17 @@ impl Journal {
         nonce: Hex128,
         record: T,
     ) -> io::Result<T> {
-        let draft = self.directory.join(format!("{nonce}.draft"));
-        // A draft that a killed daemon left behind says nothing; only a linked record does.
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&draft)?;
-        file.write_all(&serde_json::to_vec(&record)?)?;
-        let linked = fs::hard_link(&draft, self.path(nonce));
-        fs::remove_file(&draft)?;
-        match linked {
-            Ok(()) => Ok(record),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => self
+        // A draft has a name of its own, so that no draft is ever the record itself under another name.
+        let mut draft = tempfile::Builder::new()
+            .prefix(DRAFT)
+            .tempfile_in(&self.directory)?;
+        draft.write_all(&serde_json::to_vec(&record)?)?;
+        match draft.persist_noclobber(self.path(nonce)) {
+            Ok(_) => Ok(record),
+            Err(failed) if failed.error.kind() == io::ErrorKind::AlreadyExists => self
                 .find(nonce)?
                 .ok_or_else(|| io::ErrorKind::NotFound.into()),
-            Err(error) => Err(error),
+            Err(failed) => Err(failed.error),
         }
     }
 
@@ -150,7 +179,7 @@ impl Journal {
 /// The boot this host is on.
 pub fn boot_id() -> io::Result<BootId> {
     let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    Ok(BootId(text.trim().to_owned()))
+    Ok(BootId(text.trim().into()))
 }
 
 #[cfg(test)]
@@ -159,13 +188,13 @@ mod tests {
 
     fn refused() -> Decision {
         Decision::Refused {
-            boot_id: BootId("b".to_owned()),
+            boot_id: BootId("b".into()),
         }
     }
 
     fn committed() -> Decision {
         Decision::Committed {
-            boot_id: BootId("b".to_owned()),
+            boot_id: BootId("b".into()),
             moves: vec![("a".into(), "b".into())],
         }
     }
@@ -186,13 +215,25 @@ mod tests {
     }
 
     #[test]
-    fn a_draft_of_a_killed_daemon_decides_nothing() {
+    fn a_draft_of_a_killed_daemon_decides_nothing_and_goes() {
         let directory = tempfile::tempdir().unwrap();
+        let draft = directory.path().join(format!("{DRAFT}x"));
+        fs::write(&draft, "{half").unwrap();
         let journal = Journal::open(directory.path()).unwrap();
-        let nonce = Hex128([1; 16]);
-        fs::write(directory.path().join(format!("{nonce}.draft")), "{half").unwrap();
+        assert!(!draft.exists());
         assert_eq!(journal.all::<Decision>().unwrap(), []);
-        assert_eq!(journal.decide(nonce, refused()).unwrap(), refused());
+        assert_eq!(
+            journal.decide(Hex128([1; 16]), refused()).unwrap(),
+            refused()
+        );
+    }
+
+    #[test]
+    fn a_journal_keeps_its_identity_and_no_two_share_one() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let identity = |path| Journal::open(path).unwrap().identity().unwrap();
+        assert_eq!(identity(one.path()), identity(one.path()));
+        assert_ne!(identity(one.path()), identity(two.path()));
     }
 
     #[test]

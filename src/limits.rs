@@ -64,8 +64,29 @@ pub const REGION_BYTES_MAX: u64 = 16 << 40;
 /// Longest Region name or attempt id, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
 
-/// Largest body of one message of the peer conversation, in bytes.
-pub const MESSAGE_BYTES_MAX: u32 = 8 * 1024 * 1024;
+/// Largest body of one message of the peer conversation, in bytes: an offer of [`REGIONS_MAX`] Regions
+/// with the longest names has less than half of it.
+pub const MESSAGE_BYTES_MAX: u32 = 2 * 1024 * 1024;
+
+/// Longest error code from a peer, in bytes.
+pub const CODE_BYTES_MAX: usize = 64;
+
+/// Longest error text from a peer, in bytes.
+pub const DESC_BYTES_MAX: usize = 4096;
+
+/// Longest boot id from a peer, in bytes.
+pub const BOOT_ID_BYTES_MAX: usize = 128;
+
+/// Checksum blocks sent but not acknowledged, per stream. All of them may be reported torn, and the
+/// report must fit a socket's buffers, so that two sides that are both writing never wait for each
+/// other. One packet may have more, and then goes alone.
+pub const BLOCKS_UNACKNOWLEDGED_MAX: u64 = 2048;
+
+/// Answers "not mine" that a receiver keeps: each is a promise for ever, and a file.
+pub const RECORDS_MAX: usize = 65_536;
+
+/// Attempts whose end a daemon remembers.
+pub const ATTEMPTS_REMEMBERED_MAX: usize = 256;
 
 /// Largest request on the control socket, in bytes.
 pub const CONTROL_REQUEST_BYTES_MAX: usize = 1024 * 1024;

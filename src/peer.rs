@@ -6,26 +6,28 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::either::Either;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::endpoint::Endpoint;
 use crate::wire::{
-    FRAME_BYTES, FrameHeader, FromReceiver, FromSender, PREAMBLE_BYTES, Preamble, Purpose, Status,
-    VERSION, VERSION_OLDEST, WireError,
+    FRAME_BYTES, FrameHeader, FromReceiver, FromSender, Hex128, PREAMBLE_BYTES, Preamble, Purpose,
+    Status, WireError,
 };
 
 /// Messages that may wait for their reader. The protocol never has more than a few under way.
 const MESSAGES_WAITING_MAX: usize = 16;
+
+/// How long the last word of a conversation may take to be heard.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// A connection of either kind.
 pub type Connection = Either<TcpStream, UnixStream>;
@@ -53,16 +55,6 @@ pub enum PeerError {
     /// The peer sent what is not the protocol.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The peer speaks other versions.
-    #[error(
-        "the peer speaks protocol versions {oldest} to {newest}, this side {VERSION_OLDEST} to {VERSION}: upgrade the older one"
-    )]
-    Version {
-        /// Its oldest.
-        oldest: u16,
-        /// Its newest.
-        newest: u16,
-    },
     /// The peer turned the connection away.
     #[error("the peer turned the connection away: {0}")]
     Turned(&'static str),
@@ -77,7 +69,6 @@ impl PeerError {
             Self::Lost(_) => "connection-lost",
             Self::Silent { .. } => "peer-silent",
             Self::Wire(error) => error.code(),
-            Self::Version { .. } => "version",
             Self::Turned(_) => "refused",
         }
     }
@@ -138,10 +129,8 @@ fn check_answer(purpose: Purpose, answer: &Preamble) -> Result<(), PeerError> {
         Status::Ok if answer.purpose != purpose => "it answered another kind of connection",
         Status::Ok => return Ok(()),
         Status::Version => {
-            return Err(PeerError::Version {
-                oldest: answer.version_oldest,
-                newest: answer.version,
-            });
+            let (oldest, newest) = (answer.version_oldest, answer.version);
+            return Err(WireError::Version { oldest, newest }.into());
         }
         Status::Token => "no transfer has this token",
         Status::Epoch => "the connection belongs to an epoch that is over",
@@ -150,6 +139,21 @@ fn check_answer(purpose: Purpose, answer: &Preamble) -> Result<(), PeerError> {
         Status::Busy => "it takes no further transfers now (receive.max-transfers)",
     };
     Err(PeerError::Turned(reason))
+}
+
+/// The address that a connection really went to: a name may lead elsewhere the next time.
+#[must_use]
+pub fn reached(connection: &Connection, endpoint: &Endpoint) -> Endpoint {
+    match connection {
+        Either::Left(tcp) => tcp.peer_addr().map_or_else(
+            |_| endpoint.clone(),
+            |at| Endpoint::Tcp {
+                host: at.ip().to_string(),
+                port: at.port(),
+            },
+        ),
+        Either::Right(_) => endpoint.clone(),
+    }
 }
 
 /// The connection as a descriptor, for a stream's thread. It stays non-blocking.
@@ -187,15 +191,21 @@ impl Message for FromReceiver {
 }
 
 /// One side of a peer conversation: sends `Out`, hears `In`.
+///
+/// Its tasks own the connection: a future of this type that is dropped half way cuts no message in
+/// two and loses none.
 #[derive(Debug)]
 pub struct Conversation<Out, In> {
-    writer: Arc<Mutex<WriteHalf<Connection>>>,
+    outgoing: mpsc::Sender<Outgoing>,
     incoming: mpsc::Receiver<Result<In, PeerError>>,
     patience: Duration,
-    _reader: AbortOnDropHandle<()>,
-    _heart: AbortOnDropHandle<()>,
+    reader: AbortOnDropHandle<()>,
+    writer: AbortOnDropHandle<()>,
     _out: std::marker::PhantomData<fn(Out)>,
 }
+
+/// A frame to be written, and who wants to know that it was.
+type Outgoing = (Vec<u8>, oneshot::Sender<io::Result<()>>);
 
 impl<Out: Message, In: Message> Conversation<Out, In> {
     /// Starts a conversation over a connection whose preambles are exchanged. The peer may be silent
@@ -203,29 +213,33 @@ impl<Out: Message, In: Message> Conversation<Out, In> {
     #[must_use]
     pub fn start(connection: Connection, patience: Duration) -> Self {
         let (reader, writer) = tokio::io::split(connection);
-        let writer = Arc::new(Mutex::new(writer));
         let (messages, incoming) = mpsc::channel(MESSAGES_WAITING_MAX);
-        let heart = beat(
-            Arc::clone(&writer),
-            FrameHeader::frame(&Out::alive()),
-            patience,
-        );
+        let (outgoing, frames) = mpsc::channel(1);
+        let heartbeat = FrameHeader::frame(&Out::alive());
         Self {
-            writer,
+            outgoing,
             incoming,
             patience,
-            _reader: AbortOnDropHandle::new(tokio::spawn(listen(reader, messages, patience))),
-            _heart: AbortOnDropHandle::new(tokio::spawn(heart)),
+            reader: AbortOnDropHandle::new(tokio::spawn(listen(reader, messages, patience))),
+            writer: AbortOnDropHandle::new(tokio::spawn(talk(writer, frames, heartbeat, patience))),
             _out: std::marker::PhantomData,
         }
     }
 
-    /// Says `message`; returns when the kernel has all of it.
+    /// Says `message`; returns when the kernel has all of it. Once it was taken it is said, even if
+    /// this future is dropped.
     pub async fn say(&self, message: &Out) -> Result<(), PeerError> {
-        let frame = FrameHeader::frame(message);
-        let write = async { self.writer.lock().await.write_all(&frame).await };
-        match timeout(self.patience, write).await {
-            Ok(written) => written.map_err(PeerError::Lost),
+        let gone = || PeerError::Lost(io::ErrorKind::NotConnected.into());
+        let (written, result) = oneshot::channel();
+        let say = async {
+            self.outgoing
+                .send((FrameHeader::frame(message), written))
+                .await
+                .map_err(|_| gone())?;
+            result.await.map_err(|_| gone())?.map_err(PeerError::Lost)
+        };
+        match timeout(self.patience, say).await {
+            Ok(said) => said,
             Err(_) => Err(PeerError::Silent {
                 seconds: self.patience.as_secs_f32(),
             }),
@@ -239,19 +253,52 @@ impl<Out: Message, In: Message> Conversation<Out, In> {
             None => Err(PeerError::Lost(io::ErrorKind::NotConnected.into())),
         }
     }
+
+    /// Ends a conversation after its last word: says that there is no more, and lets the peer hang up
+    /// first. Closing with its heartbeats unread would make the kernel throw our last word away.
+    pub async fn farewell(self) {
+        let Self {
+            outgoing,
+            mut incoming,
+            reader,
+            writer,
+            ..
+        } = self;
+        drop(outgoing);
+        let end = async {
+            let _ = writer.await;
+            while incoming.recv().await.is_some_and(|message| message.is_ok()) {}
+        };
+        let _ = timeout(FAREWELL, end).await;
+        drop(reader);
+    }
 }
 
-async fn beat(writer: Arc<Mutex<WriteHalf<Connection>>>, frame: Vec<u8>, patience: Duration) {
+/// Writes frames, and a heartbeat when there was none for a while; closes our direction at the end.
+async fn talk(
+    mut writer: WriteHalf<Connection>,
+    mut frames: mpsc::Receiver<Outgoing>,
+    heartbeat: Vec<u8>,
+    patience: Duration,
+) {
     // Four beats within the peer's patience, and one a second if it is long: a lost packet or a busy
     // second is not yet a death.
     let pause = (patience / 4).min(Duration::from_secs(1));
     loop {
-        tokio::time::sleep(pause).await;
-        // The reader notices what is wrong with the connection.
-        if writer.lock().await.write_all(&frame).await.is_err() {
-            return;
+        // The reader notices what is wrong with the connection, and says so.
+        match timeout(pause, frames.recv()).await {
+            Ok(Some((frame, written))) => {
+                let _ = written.send(writer.write_all(&frame).await);
+            }
+            Ok(None) => break,
+            Err(_) => {
+                if writer.write_all(&heartbeat).await.is_err() {
+                    return;
+                }
+            }
         }
     }
+    let _ = writer.shutdown().await;
 }
 
 async fn listen<In: Message>(
@@ -292,6 +339,13 @@ pub async fn read_message<In: Message>(
         .await
         .map_err(PeerError::Lost)?;
     Ok(header.body(&body)?)
+}
+
+/// Tells a caller that there is no version in common.
+pub async fn answer_version(connection: &mut Connection) -> Result<(), PeerError> {
+    // Its preamble cannot be repeated: only its versions could be read.
+    let ours = Preamble::new(Purpose::Conversation, Hex128::ZERO, 0);
+    answer(connection, &ours, Status::Version).await
 }
 
 /// Answers a caller's preamble.

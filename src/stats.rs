@@ -41,8 +41,6 @@ pub struct StreamStats {
     pub normal_bytes: Counter,
     /// Pages sent as zeros or holes, without payload.
     pub duplicate_pages: Counter,
-    /// Bytes of memory that were read to be sent or compared.
-    pub read_bytes: Counter,
     /// Bytes that the receiver has acknowledged, holes included.
     pub settled_bytes: Counter,
     /// Pages that arrived torn, and are sent again.

@@ -24,6 +24,7 @@ use super::{
 use crate::region::{Span, SpanMut};
 use crate::sys::errqueue;
 use crate::sys::msg::{self, IovBuf, Sending};
+use crate::sys::wake::Wake;
 
 /// Smallest piece that is still lent when the kernel refuses to pin more, in bytes. Pinning and the
 /// notice cost as much as copying this much.
@@ -441,6 +442,11 @@ impl Channel for SocketChannel {
             Shutdown::Write => socket::Shutdown::Write,
             Shutdown::Reset => {
                 self.is_reset = true;
+                // What is waited for from now on is the kernel giving memory back; whoever ended our
+                // waits before wants just that. Without a descriptor for it the old wake has to do.
+                if let Ok(wake) = Wake::new() {
+                    self.patience.wake = wake;
+                }
                 if self.is_tcp {
                     return errqueue::disconnect(self.fd.as_fd());
                 }

@@ -17,10 +17,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::daemon::DaemonError;
 use crate::endpoint::Endpoint;
-use crate::peer::{self, Connection};
-use crate::wire::{Purpose, Status};
+use crate::peer::{self, Connection, PeerError};
+use crate::wire::{FromSender, Purpose, Status, WireError};
 
-use super::{Receiver, attempt};
+use super::Receiver;
+use super::attempt::{self, Entry};
 
 /// Callers that have not introduced themselves.
 const SILENT_CALLERS_MAX: usize = 64;
@@ -191,49 +192,66 @@ struct Call {
 }
 
 impl Call {
-    /// Reads the caller's preamble and hands the connection to where it belongs.
+    /// Hands the connection to where it belongs. The caller keeps its slot until it has said what it
+    /// wants: a preamble costs a hostile one as little as silence.
     async fn answer(self, mut connection: Connection, slot: u64) {
-        let read = tokio::time::timeout(GREETING, peer::read_preamble(&mut connection)).await;
+        let from = self.from.text.clone();
+        let greeted = tokio::time::timeout(GREETING, self.greet(&mut connection)).await;
         self.silent.remove(slot);
-        let from = &self.from.text;
-        let preamble = match read {
-            Ok(Ok(preamble)) => preamble,
+        let greeting = match greeted {
+            Ok(Ok(greeting)) => greeting,
             Ok(Err(error)) => return tracing::info!(from, %error, "a caller that is no sender"),
             Err(_) => return tracing::info!(from, "a caller that says nothing"),
+        };
+        match greeting {
+            Greeting::Turned(status) => tracing::info!(from, ?status, "turned a connection away"),
+            Greeting::Stream(entry, stream) => entry.take_in(stream, connection).await,
+            Greeting::Conversation(first) => tokio::select! {
+                () = attempt::converse(&self.receiver, connection, &from, *first) => {}
+                () = self.shutdown.cancelled() => {}
+            },
+        }
+    }
+
+    /// Preamble, answer, and the first message of a conversation.
+    async fn greet(&self, connection: &mut Connection) -> Result<Greeting, PeerError> {
+        let preamble = match peer::read_preamble(connection).await {
+            Err(PeerError::Wire(WireError::Version { .. })) => {
+                peer::answer_version(connection).await?;
+                return Ok(Greeting::Turned(Status::Version));
+            }
+            preamble => preamble?,
         };
         let allowed = self
             .from
             .ip
             .is_none_or(|ip| self.receiver.config.allows_peer(ip));
-        let status = match preamble.purpose {
-            _ if preamble.common_version().is_none() => Status::Version,
-            _ if !allowed => Status::Peer,
-            Purpose::Conversation => Status::Ok,
+        let entry = match preamble.purpose {
+            _ if !allowed => Err(Status::Peer),
+            Purpose::Conversation => Ok(None),
             Purpose::Stream(stream) => {
                 let entry = self.receiver.lock().attempts.get(&preamble.token).cloned();
-                match entry {
-                    None => Status::Token,
-                    // On success the attempt answers by itself, when it has the connection.
-                    Some(entry) => match entry.claim(stream, preamble.epoch) {
-                        Status::Ok => return entry.take_in(stream, connection, preamble).await,
-                        refused => refused,
-                    },
-                }
+                entry.ok_or(Status::Token).and_then(|entry| {
+                    match entry.claim(stream, preamble.epoch) {
+                        Status::Ok => Ok(Some((entry, stream))),
+                        refused => Err(refused),
+                    }
+                })
             }
         };
-        if status != Status::Ok {
-            tracing::info!(from, ?status, "turned a connection away");
-        }
-        if peer::answer(&mut connection, &preamble, status)
-            .await
-            .is_err()
-            || status != Status::Ok
-        {
-            return;
-        }
-        tokio::select! {
-            () = attempt::converse(&self.receiver, connection, from) => {}
-            () = self.shutdown.cancelled() => {}
-        }
+        let status = entry.as_ref().err().copied().unwrap_or(Status::Ok);
+        peer::answer(connection, &preamble, status).await?;
+        Ok(match entry {
+            Err(status) => Greeting::Turned(status),
+            Ok(Some((entry, stream))) => Greeting::Stream(entry, stream),
+            Ok(None) => Greeting::Conversation(Box::new(peer::read_message(connection).await?)),
+        })
     }
+}
+
+/// What a caller turned out to want.
+enum Greeting {
+    Turned(Status),
+    Stream(Arc<Entry>, u16),
+    Conversation(Box<FromSender>),
 }

@@ -13,7 +13,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use crate::config::ReceiveConfig;
 use crate::limits::{REGION_BYTES_MAX, REGIONS_MAX, STREAMS_MAX, WINDOW_BYTES_MAX};
 use crate::name::Name;
-use crate::wire::Offer;
+use crate::wire::{Hex128, Offer};
 
 /// Why an offer is turned down. The code and the text go to the sender.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -37,8 +37,14 @@ impl Refusal {
 pub(super) struct Obligations {
     /// Attempts under way.
     pub(super) attempts: usize,
+    /// Their ids.
+    pub(super) ids: HashSet<Name>,
+    /// Their nonces.
+    pub(super) nonces: HashSet<Hex128>,
     /// Names they will use.
     pub(super) names: HashSet<Name>,
+    /// Length of their Regions together.
+    pub(super) total_bytes: u64,
     /// Bytes they may still allocate.
     pub(super) owed_bytes: u64,
 }
@@ -85,7 +91,20 @@ pub(super) fn admit(
             format!("{max} transfers are under way, as many as receive.max-transfers allows"),
         );
     }
-    let (mut total, mut data): (u64, u64) = (0, 0);
+    if obligations.nonces.contains(&offer.nonce) {
+        return refuse(
+            "refused",
+            "this very attempt is under way here already".to_owned(),
+        );
+    }
+    if obligations.ids.contains(&offer.id) {
+        let id = &offer.id;
+        return refuse(
+            "id-in-use",
+            format!("a transfer with id {id} is under way here: choose another id"),
+        );
+    }
+    let (mut total, mut data): (u64, u64) = (obligations.total_bytes, 0);
     let mut names = HashSet::new();
     for region in &offer.regions {
         let name = &region.name;
@@ -132,7 +151,7 @@ pub(super) fn admit(
         return refuse(
             "too-large",
             format!(
-                "the regions have {total} bytes together, receive.max-total allows {}",
+                "the regions, with those of transfers under way, have {total} bytes, receive.max-total allows {}",
                 config.max_total
             ),
         );
@@ -180,7 +199,7 @@ fn available_memory(meminfo: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{BootId, Hex128, OfferedRegion};
+    use crate::wire::{BootId, OfferedRegion};
 
     fn offer(regions: &[(&str, u64)]) -> Offer {
         let region = |&(name, length): &(&str, u64)| OfferedRegion {
@@ -192,7 +211,7 @@ mod tests {
         Offer {
             id: Name::new("a").unwrap(),
             nonce: Hex128([1; 16]),
-            boot_id: BootId(String::new()),
+            boot_id: BootId("boot".into()),
             streams: 2,
             integrity: true,
             window: 1 << 20,
@@ -240,6 +259,18 @@ mod tests {
             "not-allowed"
         );
         assert_eq!(refused(|_, _, taken| taken.owed_bytes = 1), "no-space");
+        assert_eq!(
+            refused(|_, config, taken| taken.total_bytes = config.max_total),
+            "too-large"
+        );
+        assert_eq!(
+            refused(|offer, _, taken| _ = taken.ids.insert(offer.id.clone())),
+            "id-in-use"
+        );
+        assert_eq!(
+            refused(|offer, _, taken| _ = taken.nonces.insert(offer.nonce)),
+            "refused"
+        );
         assert_eq!(
             refused(|_, _, taken| _ = taken.names.insert(Name::new("vm2").unwrap())),
             "busy"

@@ -19,7 +19,7 @@ use crate::region::RegionError;
 use crate::stats::Counter;
 use crate::stream::{IncomingSetup, IncomingStream, StreamError};
 use crate::sys::wake::Wake;
-use crate::wire::{FromReceiver, FromSender, Hex128, Offer, Preamble, Status, StreamTotals, Token};
+use crate::wire::{FromReceiver, FromSender, Hex128, Offer, Status, StreamTotals, Token};
 
 use super::Receiver;
 use super::accept::GREETING;
@@ -96,8 +96,11 @@ impl AttemptError {
 /// What the rest of the receiver sees of an attempt under way.
 #[derive(Debug)]
 pub(super) struct Entry {
+    id: Name,
+    nonce: Hex128,
     epoch: u32,
     data_bytes: u64,
+    total_bytes: u64,
     destinations: Arc<[DestinationFile]>,
     claimed: Vec<AtomicBool>,
     streams: mpsc::Sender<(u16, Connection)>,
@@ -109,6 +112,19 @@ impl Entry {
         self.destinations
             .iter()
             .map(|destination| destination.region().name())
+    }
+
+    pub(super) fn id(&self) -> &Name {
+        &self.id
+    }
+
+    pub(super) fn nonce(&self) -> Hex128 {
+        self.nonce
+    }
+
+    /// Length of its Regions together.
+    pub(super) fn total_bytes(&self) -> u64 {
+        self.total_bytes
     }
 
     /// Bytes it may still allocate.
@@ -132,26 +148,19 @@ impl Entry {
         }
     }
 
-    /// Answers a claimed stream and hands it to its attempt, which may have ended meanwhile.
-    pub(super) async fn take_in(&self, stream: u16, mut connection: Connection, caller: Preamble) {
-        if peer::answer(&mut connection, &caller, Status::Ok)
-            .await
-            .is_ok()
-        {
-            let _ = self.streams.send((stream, connection)).await;
-        }
+    /// Hands a claimed stream to its attempt, which may have ended meanwhile.
+    pub(super) async fn take_in(&self, stream: u16, connection: Connection) {
+        let _ = self.streams.send((stream, connection)).await;
     }
 }
 
 /// Serves a conversation, whatever it turns out to be about.
-pub(super) async fn converse(receiver: &Arc<Receiver>, mut connection: Connection, from: &str) {
-    let first = match timeout(GREETING, peer::read_message::<FromSender>(&mut connection)).await {
-        Ok(Ok(message)) => message,
-        Ok(Err(error)) => {
-            return tracing::info!(from, %error, "a conversation that began with nonsense");
-        }
-        Err(_) => return tracing::info!(from, "a conversation in which nothing was said"),
-    };
+pub(super) async fn converse(
+    receiver: &Arc<Receiver>,
+    connection: Connection,
+    from: &str,
+    first: FromSender,
+) {
     match first {
         FromSender::Offer(offer) => take(receiver, connection, from, offer).await,
         FromSender::Inquire { nonce, boot_id } => match receiver.owner(nonce, &boot_id) {
@@ -159,10 +168,11 @@ pub(super) async fn converse(receiver: &Arc<Receiver>, mut connection: Connectio
                 tracing::info!(from, %nonce, ?owner, "was asked who owns a transfer's regions");
                 let talk = Talk::start(connection, GREETING);
                 let _ = talk.say(&FromReceiver::Owner { owner }).await;
+                talk.farewell().await;
             }
             // No answer: a wrong one could make two owners. The sender asks again.
             Err(error) => {
-                tracing::error!(%nonce, %error, "cannot tell who owns a transfer's regions")
+                tracing::error!(%nonce, %error, "cannot tell who owns a transfer's regions");
             }
         },
         other => {
@@ -186,20 +196,21 @@ async fn take(receiver: &Arc<Receiver>, connection: Connection, from: &str, offe
             .map(|region| (region.name.clone(), region.length))
             .collect(),
         received: Arc::default(),
+        accepted: false,
         crew: None,
     };
     tracing::info!(id = %attempt.id, from, nonce = %attempt.nonce, regions = attempt.regions.len(), "a transfer is offered");
     let ended = attempt.run(&offer).await;
     attempt.clean_up().await;
-    match ended {
-        Ok(()) => {}
-        Err(error) => {
-            tracing::warn!(id = %attempt.id, code = error.code(), %error, "the transfer failed; nothing of it is kept");
-            let refusal = FromReceiver::Refuse {
-                code: error.code().to_owned(),
-                desc: error.to_string(),
-            };
-            let _ = attempt.talk.say(&refusal).await;
+    if let Err(error) = ended {
+        tracing::warn!(id = %attempt.id, code = error.code(), %error, "the transfer failed; nothing of it is kept");
+        let refusal = FromReceiver::Refuse {
+            code: error.code().into(),
+            desc: error.to_string().into(),
+        };
+        let _ = attempt.talk.say(&refusal).await;
+        // An offer that was not accepted leaves no trace: anybody can make any number of them.
+        if attempt.accepted {
             let status = if error.code() == "cancelled" {
                 "cancelled"
             } else {
@@ -210,6 +221,7 @@ async fn take(receiver: &Arc<Receiver>, connection: Connection, from: &str, offe
             attempt.report(status, Some(error));
         }
     }
+    attempt.talk.farewell().await;
 }
 
 struct Attempt {
@@ -220,6 +232,7 @@ struct Attempt {
     nonce: Hex128,
     regions: Vec<(Name, u64)>,
     received: Arc<Counter>,
+    accepted: bool,
     crew: Option<Crew>,
 }
 
@@ -248,6 +261,7 @@ impl Attempt {
         if offer.dry_run {
             return Ok(());
         }
+        self.accepted = true;
         self.report("setup", None);
         self.gather_streams(offer.streams).await?;
         self.report("active", None);
@@ -290,7 +304,11 @@ impl Attempt {
         let assembly = Assembly::new(0, offer.streams, self.regions.iter().cloned());
         let (streams, arriving) = mpsc::channel(offer.streams.into());
         let (report_end, ends) = mpsc::unbounded_channel();
+        let wake = Wake::new().map_err(AttemptError::local("make an eventfd"))?;
         let entry = Entry {
+            id: self.id.clone(),
+            nonce: self.nonce,
+            total_bytes: self.regions.iter().map(|(_, bytes)| bytes).sum(),
             epoch: 0,
             data_bytes: offer
                 .regions
@@ -313,7 +331,7 @@ impl Attempt {
                 received: Arc::clone(&self.received),
             }),
             arriving,
-            wake: Wake::new().map_err(AttemptError::local("make an eventfd"))?,
+            wake,
             threads: Vec::new(),
             ends,
             report_end,
@@ -328,8 +346,6 @@ impl Attempt {
     /// Starts a thread for every stream as it arrives, until all have.
     async fn gather_streams(&mut self, streams: u16) -> Result<(), AttemptError> {
         let patience = self.patience;
-        let deadline = tokio::time::sleep(patience);
-        tokio::pin!(deadline);
         while self.crew().threads.len() < usize::from(streams) {
             let crew = self.crew.as_mut().expect("an accepted attempt has a crew");
             tokio::select! {
@@ -338,7 +354,8 @@ impl Attempt {
                 }
                 message = self.talk.hear() => return Err(unexpected(message)),
                 Some((stream, end)) = crew.ends.recv() => return Err(failure(stream, end, &mut self.talk).await),
-                () = &mut deadline => {
+                // Each arrival is progress.
+                () = tokio::time::sleep(patience) => {
                     let arrived = crew.threads.len();
                     return Err(AttemptError::StreamsMissing { arrived, streams, seconds: patience.as_secs_f32() });
                 }
@@ -359,10 +376,12 @@ impl Attempt {
         }
     }
 
-    /// Everything is there and intact, and every file has a name to be renamed from.
+    /// Everything is there and intact, and every file has a name to be renamed from. The streams end
+    /// first: what is not in place now never will be.
     async fn prepare(&mut self, totals: &[StreamTotals]) -> Result<Vec<Hidden>, AttemptError> {
         let nonce = self.nonce;
         let setup = Arc::clone(&self.crew().setup);
+        self.crew().end_streams().await;
         setup.assembly.verdict(totals)?;
         let hide = move || {
             let files = setup.destinations.iter().enumerate();
@@ -395,18 +414,14 @@ impl Attempt {
         };
         let decided = self.receiver.journal.decide(self.nonce, record);
         match decided.map_err(AttemptError::local("write the commit record"))? {
-            Decision::Committed { .. } => {}
-            Decision::Refused { .. } => {
-                let desc =
-                    "the sender was told before that this receiver will never own the regions";
+            Decision::Committed { moves: decided, .. } if decided == moves => {}
+            Decision::Committed { .. } | Decision::Refused { .. } => {
+                let desc = "this attempt was decided before, and not in favour of this receiver";
                 return Err(Refusal::new("refused", desc).into());
             }
         }
         hidden.into_iter().for_each(Hidden::keep);
-        if let Err(error) = destination::roll_forward(&moves) {
-            // Ours all the same. The restart tries again; the operator has to make room for the name.
-            tracing::error!(id = %self.id, %error, "committed, but a region did not get its final name");
-        }
+        destination::roll_forward(&moves);
         self.receiver
             .lock()
             .committed
@@ -420,17 +435,10 @@ impl Attempt {
 
     /// Ends every thread and forgets the attempt. Files without a name vanish with their descriptors.
     async fn clean_up(&mut self) {
-        let Some(crew) = self.crew.take() else { return };
-        self.receiver.lock().attempts.remove(&crew.token);
-        crew.wake.wake();
-        let join = move || {
-            for thread in crew.threads {
-                if thread.join().is_err() {
-                    tracing::error!("a stream's thread panicked");
-                }
-            }
-        };
-        let _ = tokio::task::spawn_blocking(join).await;
+        if let Some(mut crew) = self.crew.take() {
+            crew.end_streams().await;
+            self.receiver.lock().attempts.remove(&crew.token);
+        }
     }
 
     fn report(&self, status: &str, error: Option<Value>) {
@@ -450,6 +458,20 @@ impl Attempt {
 }
 
 impl Crew {
+    /// Wakes the streams' threads and waits until they have ended.
+    async fn end_streams(&mut self) {
+        self.wake.wake();
+        let threads = std::mem::take(&mut self.threads);
+        let join = move || {
+            for thread in threads {
+                if thread.join().is_err() {
+                    tracing::error!("a stream's thread panicked");
+                }
+            }
+        };
+        let _ = tokio::task::spawn_blocking(join).await;
+    }
+
     fn start(
         &mut self,
         stream: u16,
@@ -480,19 +502,31 @@ impl Crew {
 /// What a message means that is not the one that was due.
 fn unexpected(message: Result<FromSender, PeerError>) -> AttemptError {
     match message {
-        Ok(FromSender::Abort { code, desc }) => AttemptError::Aborted { code, desc },
+        Ok(FromSender::Abort { code, desc }) => aborted(&code, &desc),
         Ok(other) => AttemptError::out_of_place(&other),
         Err(error) => error.into(),
     }
 }
 
-/// Why a stream ended: the sender may just be telling us.
+/// Why a stream ended. If its connection did, the sender may just be telling us; an error of our own is
+/// news to the sender, who waits for it.
 async fn failure(stream: u16, end: Result<(), StreamError>, talk: &mut Talk) -> AttemptError {
-    if let Ok(Ok(FromSender::Abort { code, desc })) = timeout(REASON_WAIT, talk.hear()).await {
-        return AttemptError::Aborted { code, desc };
-    }
     match end {
-        Ok(()) => AttemptError::StreamEnded(stream),
-        Err(error) => error.into(),
+        Ok(()) | Err(StreamError::Lost { .. }) => {}
+        Err(error) => return error.into(),
+    }
+    match timeout(REASON_WAIT, talk.hear()).await {
+        Ok(Ok(FromSender::Abort { code, desc })) => aborted(&code, &desc),
+        _ => match end {
+            Ok(()) => AttemptError::StreamEnded(stream),
+            Err(error) => error.into(),
+        },
+    }
+}
+
+fn aborted(code: &impl ToString, desc: &impl ToString) -> AttemptError {
+    AttemptError::Aborted {
+        code: code.to_string(),
+        desc: desc.to_string(),
     }
 }

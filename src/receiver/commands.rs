@@ -61,19 +61,18 @@ impl ReceiverCommands {
         }
     }
 
-    fn query_migrate(&self, id: Option<Name>) -> Result<Value, CommandError> {
+    fn query_migrate(&self, id: Option<&Name>) -> Result<Value, CommandError> {
         let state = self.receiver.lock();
-        // QEMU answers an empty object as long as there was no migration.
-        let Some(id) = id.or_else(|| state.latest.clone()) else {
-            return Ok(json!({}));
-        };
-        let seen = state.seen.get(&id).cloned();
-        seen.ok_or_else(|| {
-            CommandError::new(
+        let wanted = |(known, _): &&(Name, Value)| id.as_ref().is_none_or(|id| *id == known);
+        match (state.seen.iter().rev().find(wanted), &id) {
+            (Some((_, shown)), _) => Ok(shown.clone()),
+            (None, Some(id)) => Err(CommandError::new(
                 "no-such-transfer",
                 format!("No transfer with id '{id}' has arrived"),
-            )
-        })
+            )),
+            // QEMU answers an empty object as long as there was no migration.
+            (None, None) => Ok(json!({})),
+        }
     }
 
     fn query_regions(&self) -> Value {
@@ -91,7 +90,7 @@ impl Commands for ReceiverCommands {
 
     async fn execute(&self, call: Call) -> Result<Value, CommandError> {
         match call.command.as_str() {
-            "query-migrate" => self.query_migrate(call.parse::<QueryMigrate>()?.id),
+            "query-migrate" => self.query_migrate(call.parse::<QueryMigrate>()?.id.as_ref()),
             "query-regions" => {
                 let Nothing {} = call.parse()?;
                 Ok(self.query_regions())

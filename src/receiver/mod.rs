@@ -23,6 +23,7 @@ use crate::config::{ReceiveConfig, ReceiverConfig, load_receiver};
 use crate::control::{EventBus, Server};
 use crate::daemon::{self, DaemonError};
 use crate::journal::{self, Decision, Journal};
+use crate::limits::{ATTEMPTS_REMEMBERED_MAX, RECORDS_MAX};
 use crate::name::Name;
 use crate::notify::Notifier;
 use crate::wire::{BootId, Hex128, Owner, Token};
@@ -44,9 +45,8 @@ struct Receiver {
 struct State {
     /// Attempts under way, by the token their streams bring.
     attempts: HashMap<Token, Arc<Entry>>,
-    /// What came of the last attempt, and of any before it, as `query-migrate` shows it.
-    seen: HashMap<Name, Value>,
-    latest: Option<Name>,
+    /// What came of attempts, as `query-migrate` shows it; the latest news last.
+    seen: Vec<(Name, Value)>,
     /// Regions that were committed since the daemon started, with their length.
     committed: Vec<(Name, u64)>,
 }
@@ -64,7 +64,10 @@ impl Receiver {
             ..Obligations::default()
         };
         for entry in state.attempts.values() {
+            obligations.ids.insert(entry.id().clone());
+            obligations.nonces.insert(entry.nonce());
             obligations.names.extend(entry.names().cloned());
+            obligations.total_bytes += entry.total_bytes();
             obligations.owed_bytes += entry.owed_bytes();
         }
         obligations
@@ -75,8 +78,11 @@ impl Receiver {
         let event = json!({"id": id, "status": status["status"], "regions": status["regions"]});
         {
             let mut state = self.lock();
-            state.seen.insert(id.clone(), status);
-            state.latest = Some(id.clone());
+            state.seen.retain(|(other, _)| other != id);
+            if state.seen.len() >= ATTEMPTS_REMEMBERED_MAX {
+                state.seen.remove(0);
+            }
+            state.seen.push((id.clone(), status));
         }
         self.events.publish("MIGRATION", event);
     }
@@ -86,6 +92,12 @@ impl Receiver {
     fn owner(&self, nonce: Hex128, asked_boot: &BootId) -> std::io::Result<Owner> {
         if *asked_boot != self.boot_id {
             return Ok(Owner::Unknown);
+        }
+        let known = self.journal.find::<Decision>(nonce)?.is_some();
+        if !known && self.journal.records()? >= RECORDS_MAX {
+            return Err(std::io::Error::other(
+                "the journal is full of promises about unknown transfers",
+            ));
         }
         let refused = Decision::Refused {
             boot_id: self.boot_id.clone(),
@@ -101,18 +113,19 @@ impl Receiver {
     fn recover(&self) -> std::io::Result<()> {
         let mut committed: Vec<PathBuf> = Vec::new();
         for record in self.journal.all::<Decision>()? {
-            if let Decision::Committed { boot_id, moves } = record
-                && boot_id == self.boot_id
-            {
-                // Left where it is under its hidden name: it is owned, and somebody has to look.
-                if let Err(error) = destination::roll_forward(&moves) {
-                    tracing::error!(%error, "a committed region has no final name yet");
-                }
+            if let Decision::Committed { moves, .. } = record {
+                destination::roll_forward(&moves);
                 committed.extend(moves.into_iter().map(|(from, _)| from));
             }
         }
         destination::remove_abandoned(&self.config.directory, &committed)
     }
+}
+
+/// What inquiries must name: the boot, and the journal that would know.
+fn boot_id(journal: &Journal) -> std::io::Result<BootId> {
+    let BootId(boot) = journal::boot_id()?;
+    Ok(BootId(format!("{boot}/{}", journal.identity()?).into()))
 }
 
 /// Runs the receiver daemon until SIGTERM, SIGINT or `quit`.
@@ -135,7 +148,9 @@ async fn serve(config: ReceiverConfig) -> Result<(), DaemonError> {
         runtime.display()
     )))?;
     let receiver = Arc::new(Receiver {
-        boot_id: journal::boot_id().map_err(DaemonError::setup("read the boot id"))?,
+        boot_id: boot_id(&journal).map_err(DaemonError::setup(
+            "read the boot id and the journal's identity",
+        ))?,
         config: config.receive,
         journal,
         events: EventBus::new(),

@@ -307,11 +307,17 @@ impl Region {
                 .map_err(|source| self.read_error(offset, source))
         };
         let end = (range.end() * PAGE_BYTES).min(self.bytes);
-        let Some(start) = seek(range.offset(), true)?.filter(|&start| start < end) else {
-            return Ok(None);
-        };
-        // A hole that was filled since then has no end before that of the file: `None` means all data.
-        let hole = seek(start, false)?.unwrap_or(end).min(end);
+        let (mut from, mut start, mut hole) = (range.offset(), 0, 0);
+        // Somebody may punch a hole between the two calls, just where data was found.
+        while hole <= start {
+            start = match seek(from, true)? {
+                Some(start) if start < end => start,
+                _ => return Ok(None),
+            };
+            // A hole that was filled since then has no end before that of the file: all data.
+            hole = seek(start, false)?.unwrap_or(end).min(end);
+            from = start;
+        }
         let data = PageRange::covering(start, hole - start);
         let first = data.first.max(range.first);
         Ok(Some(PageRange {

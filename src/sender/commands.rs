@@ -13,7 +13,7 @@ use crate::name::Name;
 use crate::wire::Hex128;
 
 use super::Sender;
-use super::registry::Memory;
+use super::registry::{self, Claim, Memory};
 use super::status::Attempt;
 use super::transfer::{Order, Transfer};
 
@@ -135,7 +135,7 @@ impl SenderCommands {
         }
         let id = migrate.id.map_or_else(generated_id, Ok)?;
 
-        let (attempt, order) = {
+        let (attempt, claim, order) = {
             let mut state = self.sender.lock();
             if state
                 .attempts
@@ -147,14 +147,17 @@ impl SenderCommands {
                     format!("There is a transfer with id '{id}' under way"),
                 ));
             }
-            let names = migrate.regions.unwrap_or_else(|| state.registry.names());
+            let names = migrate.regions.unwrap_or_else(|| state.registry.movable());
             if names.is_empty() {
                 return Err(CommandError::new(
                     "no-regions",
                     "There is no region to be moved: add one with region-add",
                 ));
             }
-            let regions = state.registry.claim(&names, &id)?;
+            if let Some((name, attempt)) = state.under_way_with(&names) {
+                return Err(registry::busy(name, &attempt.id));
+            }
+            let (claim, regions) = state.registry.claim(&names, &id)?;
             let total = regions
                 .iter()
                 .map(|registered| registered.region.bytes())
@@ -166,26 +169,31 @@ impl SenderCommands {
                 journal: Arc::clone(&self.sender.journal),
                 boot_id: self.sender.boot_id.clone(),
             };
-            (attempt, order)
+            (attempt, claim, order)
         };
         if migrate.dry_run {
-            return self.rehearse(attempt, order).await;
+            return self.rehearse(attempt, &claim, order).await;
         }
         self.sender.add_attempt(&attempt);
         let shown = json!({"id": attempt.id});
         self.sender
             .transfers
-            .spawn(Arc::clone(&self.sender).carry_out(attempt, order));
+            .spawn(Arc::clone(&self.sender).carry_out(attempt, claim, order));
         Ok(shown)
     }
 
     /// Answers with the plan if the receiver would take it.
-    async fn rehearse(&self, attempt: Arc<Attempt>, order: Order) -> Result<Value, CommandError> {
+    async fn rehearse(
+        &self,
+        attempt: Arc<Attempt>,
+        claim: &Claim,
+        order: Order,
+    ) -> Result<Value, CommandError> {
         let rehearsed = match Transfer::new(Arc::clone(&attempt), order) {
             Ok(transfer) => transfer.rehearse().await,
             Err(error) => Err(error),
         };
-        self.sender.lock().registry.release(&attempt.id);
+        self.sender.lock().registry.release(claim, false);
         match rehearsed {
             Ok(()) => Ok(json!({
                 "id": attempt.id,

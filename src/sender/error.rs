@@ -32,6 +32,10 @@ pub(super) enum TransferError {
     )]
     NotConverging { iterations: u32, remaining: u64 },
     #[error(
+        "the receiver has everything and did not become ready to take it over within {seconds} s (stall-timeout); if it writes to a disk, allow more"
+    )]
+    NotPrepared { seconds: f32 },
+    #[error(
         "{pages} pages were written after the freeze: the process that was stopped is not the only writer, or none was named (freeze)"
     )]
     NotFrozen { pages: u64 },
@@ -65,6 +69,7 @@ impl TransferError {
             Self::Region(error) => error.code(),
             Self::Freeze(error) => error.code(),
             Self::TimedOut { .. } => "timeout",
+            Self::NotPrepared { .. } => "stalled",
             Self::NotConverging { .. } => "not-converged",
             Self::NotFrozen { .. } => "not-frozen",
             Self::Corrupt { .. } => "corrupt",

@@ -27,11 +27,12 @@ use crate::config::{SenderConfig, TransferParameters, load_sender};
 use crate::control::{CommandError, EventBus, Server};
 use crate::daemon::{self, DaemonError};
 use crate::journal::{self, CommitSent, Journal};
+use crate::limits::ATTEMPTS_REMEMBERED_MAX;
 use crate::name::Name;
 use crate::notify::Notifier;
-use crate::wire::BootId;
+use crate::wire::{BootId, Owner};
 
-use registry::{Memory, Registry};
+use registry::{Claim, Memory, Registry};
 use status::{Attempt, Status};
 use transfer::{Order, Outcome, Transfer};
 
@@ -58,6 +59,21 @@ struct State {
     order: Vec<Name>,
 }
 
+impl State {
+    /// A Region among `names` whose owner an attempt has yet to settle. One that an earlier run of the
+    /// daemon left undecided has claimed nothing here, and its Regions may be the receiver's (rule 4).
+    fn under_way_with<'a>(&'a self, names: &'a [Name]) -> Option<(&'a Name, &'a Attempt)> {
+        let attempts = self.attempts.values();
+        attempts
+            .filter(|attempt| !attempt.status().is_final())
+            .find_map(|attempt| {
+                let mut names = names.iter();
+                let name = names.find(|name| attempt.regions.contains(name))?;
+                Some((name, &**attempt))
+            })
+    }
+}
+
 impl Sender {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -77,28 +93,46 @@ impl Sender {
         let mut state = self.lock();
         state.order.retain(|id| *id != attempt.id);
         state.order.push(attempt.id.clone());
+        if state.order.len() > ATTEMPTS_REMEMBERED_MAX {
+            let ended = |id: &Name| {
+                state
+                    .attempts
+                    .get(id)
+                    .is_none_or(|attempt| attempt.status().is_final())
+            };
+            if let Some(oldest) = state.order.iter().position(ended) {
+                let id = state.order.remove(oldest);
+                state.attempts.remove(&id);
+            }
+        }
         state
             .attempts
             .insert(attempt.id.clone(), Arc::clone(attempt));
     }
 
     /// Runs an attempt whose Regions are claimed, to its end.
-    async fn carry_out(self: Arc<Self>, attempt: Arc<Attempt>, order: Order) {
+    async fn carry_out(self: Arc<Self>, attempt: Arc<Attempt>, claim: Claim, order: Order) {
         let driven = match Transfer::new(Arc::clone(&attempt), order) {
             Ok(transfer) => transfer.drive().await,
             Err(error) => Err(error),
         };
-        match driven {
+        let moved = match driven {
             Ok(Outcome::Committed(record)) => {
                 self.forget(&record);
                 attempt.enter(Status::Completed);
+                true
             }
             Ok(Outcome::Indeterminate(record)) => {
-                resolve::resolve(&attempt, &record, &self.journal, &self.shutdown).await;
+                let owner =
+                    resolve::resolve(&attempt, &record, &self.journal, &self.shutdown).await;
+                owner != Some(Owner::Source)
             }
-            Err(error) => attempt.fail(&error),
-        }
-        self.lock().registry.release(&attempt.id);
+            Err(error) => {
+                attempt.fail(&error);
+                false
+            }
+        };
+        self.lock().registry.release(&claim, moved);
     }
 
     fn forget(&self, record: &CommitSent) {
@@ -117,7 +151,14 @@ impl Sender {
             self.add_attempt(&attempt);
             let sender = Arc::clone(self);
             self.transfers.spawn(async move {
-                resolve::resolve(&attempt, &record, &sender.journal, &sender.shutdown).await;
+                let owner =
+                    resolve::resolve(&attempt, &record, &sender.journal, &sender.shutdown).await;
+                if owner == Some(Owner::Destination) {
+                    sender
+                        .lock()
+                        .registry
+                        .set_moved(&attempt.regions, &attempt.id);
+                }
             });
         }
         Ok(())
@@ -174,6 +215,9 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
         transfers: TaskTracker::new(),
         shutdown: shutdown.clone(),
     });
+    sender
+        .take_up_undecided()
+        .map_err(DaemonError::setup("read the journal"))?;
     for region in config.regions {
         let (name, memory) = (region.name.clone(), Memory::Path(&region.path));
         let added = sender
@@ -188,9 +232,6 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
     let control = Server::bind(&config.control.socket, daemon::access(&config.control))
         .map_err(DaemonError::setup("serve the control socket"))?;
     daemon::stop_on_signals(shutdown.clone())?;
-    sender
-        .take_up_undecided()
-        .map_err(DaemonError::setup("read the journal"))?;
     let commands = Arc::new(commands::SenderCommands::new(Arc::clone(&sender)));
     let control = tokio::spawn(control.serve(commands, sender.events.clone(), shutdown.clone()));
 

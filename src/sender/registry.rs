@@ -20,13 +20,33 @@ pub(super) struct Registered {
     pub(super) tracker: TrackerConfig,
     pub(super) freeze: FreezeConfig,
     pub(super) freezer: Freezer,
-    /// The attempt that has it.
-    busy: Option<Name>,
+    hold: Hold,
+}
+
+/// Who may move a Region.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Hold {
+    /// The next attempt.
+    Free,
+    /// An attempt has it.
+    Claimed(Claim),
+    /// Nobody: it has another owner since this attempt.
+    Moved(Name),
+}
+
+/// An attempt's hold on Regions. The number tells attempts apart that share an id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Claim {
+    number: u64,
+    id: Name,
 }
 
 /// All Regions, by name.
 #[derive(Debug, Default)]
-pub(super) struct Registry(BTreeMap<Name, Registered>);
+pub(super) struct Registry {
+    regions: BTreeMap<Name, Registered>,
+    claims: u64,
+}
 
 impl Registry {
     /// Adds a Region by its path or descriptor; checks now what can be checked now.
@@ -37,7 +57,7 @@ impl Registry {
         tracker: TrackerConfig,
         freeze: FreezeConfig,
     ) -> Result<(), CommandError> {
-        if self.0.contains_key(&name) {
+        if self.regions.contains_key(&name) {
             return Err(CommandError::new(
                 "region-exists",
                 format!("Region '{name}' was added already; remove it first"),
@@ -61,9 +81,9 @@ impl Registry {
             tracker,
             freeze,
             freezer,
-            busy: None,
+            hold: Hold::Free,
         };
-        self.0.insert(name, registered);
+        self.regions.insert(name, registered);
         Ok(())
     }
 
@@ -74,7 +94,7 @@ impl Registry {
         expected: Option<u64>,
     ) -> Result<(), CommandError> {
         let actual = self
-            .0
+            .regions
             .get(name)
             .map(|registered| registered.region.page_size());
         match (expected, actual) {
@@ -88,58 +108,108 @@ impl Registry {
 
     /// Forgets a Region that no attempt has.
     pub(super) fn remove(&mut self, name: &Name) -> Result<(), CommandError> {
-        self.idle(name)?;
-        self.0.remove(name);
-        Ok(())
-    }
-
-    fn idle(&self, name: &Name) -> Result<&Registered, CommandError> {
-        let Some(registered) = self.0.get(name) else {
-            return Err(CommandError::new(
-                "region-unknown",
-                format!("There is no region '{name}'"),
-            ));
-        };
-        match &registered.busy {
-            Some(attempt) => Err(CommandError::new(
-                "region-busy",
-                format!("Region '{name}' is being moved by '{attempt}'"),
-            )),
-            None => Ok(registered),
+        match &self.known(name)?.hold {
+            Hold::Claimed(claim) => Err(busy(name, &claim.id)),
+            Hold::Free | Hold::Moved(_) => {
+                self.regions.remove(name);
+                Ok(())
+            }
         }
     }
 
-    /// Names of all Regions.
-    pub(super) fn names(&self) -> Vec<Name> {
-        self.0.keys().cloned().collect()
+    fn known(&self, name: &Name) -> Result<&Registered, CommandError> {
+        let unknown =
+            || CommandError::new("region-unknown", format!("There is no region '{name}'"));
+        self.regions.get(name).ok_or_else(unknown)
+    }
+
+    /// Names of all Regions that could be moved.
+    pub(super) fn movable(&self) -> Vec<Name> {
+        let free = self
+            .regions
+            .iter()
+            .filter(|(_, registered)| registered.hold == Hold::Free);
+        free.map(|(name, _)| name.clone()).collect()
     }
 
     /// Gives the Regions to an attempt; all of them or none.
+    ///
+    /// A process can be frozen by one attempt only: the failure of another would let it go on.
     pub(super) fn claim(
         &mut self,
         names: &[Name],
-        attempt: &Name,
-    ) -> Result<Vec<Registered>, CommandError> {
-        let claimed = names
-            .iter()
-            .map(|name| self.idle(name).cloned())
-            .collect::<Result<Vec<_>, _>>()?;
-        for name in names {
-            if let Some(registered) = self.0.get_mut(name) {
-                registered.busy = Some(attempt.clone());
+        id: &Name,
+    ) -> Result<(Claim, Vec<Registered>), CommandError> {
+        let mut regions = Vec::with_capacity(names.len());
+        for (index, name) in names.iter().enumerate() {
+            if names[..index].contains(name) {
+                return Err(CommandError::new(
+                    "invalid-argument",
+                    format!("Region '{name}' is named twice"),
+                ));
+            }
+            let registered = self.known(name)?;
+            match &registered.hold {
+                Hold::Free => regions.push(registered.clone()),
+                Hold::Claimed(claim) => return Err(busy(name, &claim.id)),
+                Hold::Moved(attempt) => {
+                    let text = format!(
+                        "Region '{name}' was handed over by '{attempt}' and has another owner; remove it"
+                    );
+                    return Err(CommandError::new("region-moved", text));
+                }
+            }
+            if let FreezeConfig::Pid(pid) = registered.freeze
+                && let Some(claim) = self.claim_of_process(pid)
+            {
+                let text = format!(
+                    "Process {pid}, which writes region '{name}', is to be frozen by '{}'",
+                    claim.id
+                );
+                return Err(CommandError::new("region-busy", text));
             }
         }
-        Ok(claimed)
+        self.claims += 1;
+        let claim = Claim {
+            number: self.claims,
+            id: id.clone(),
+        };
+        for name in names {
+            if let Some(registered) = self.regions.get_mut(name) {
+                registered.hold = Hold::Claimed(claim.clone());
+            }
+        }
+        Ok((claim, regions))
     }
 
-    /// Takes the Regions back from an attempt that has ended.
-    pub(super) fn release(&mut self, attempt: &Name) {
-        for registered in self
-            .0
-            .values_mut()
-            .filter(|registered| registered.busy.as_ref() == Some(attempt))
-        {
-            registered.busy = None;
+    fn claim_of_process(&self, pid: i32) -> Option<&Claim> {
+        self.regions
+            .values()
+            .find_map(|registered| match &registered.hold {
+                Hold::Claimed(claim) if registered.freeze == FreezeConfig::Pid(pid) => Some(claim),
+                _ => None,
+            })
+    }
+
+    /// Takes the Regions back from an attempt that has ended: to be moved again, unless they `moved`.
+    pub(super) fn release(&mut self, claim: &Claim, moved: bool) {
+        for registered in self.regions.values_mut() {
+            if registered.hold == Hold::Claimed(claim.clone()) {
+                registered.hold = if moved {
+                    Hold::Moved(claim.id.clone())
+                } else {
+                    Hold::Free
+                };
+            }
+        }
+    }
+
+    /// A commit of an earlier run turned out to have handed these over.
+    pub(super) fn set_moved(&mut self, names: &[Name], attempt: &Name) {
+        for name in names {
+            if let Some(registered) = self.regions.get_mut(name) {
+                registered.hold = Hold::Moved(attempt.clone());
+            }
         }
     }
 
@@ -147,6 +217,11 @@ impl Registry {
     pub(super) fn to_json(&self) -> Value {
         let show = |(name, registered): (&Name, &Registered)| {
             let region = &registered.region;
+            let (attempt, moved) = match &registered.hold {
+                Hold::Free => (None, false),
+                Hold::Claimed(claim) => (Some(&claim.id), false),
+                Hold::Moved(attempt) => (Some(attempt), true),
+            };
             json!({
                 "name": name,
                 "size": region.bytes(),
@@ -155,11 +230,20 @@ impl Registry {
                 "path": region.origin(),
                 "tracker": registered.tracker,
                 "freeze": registered.freeze,
-                "transfer": registered.busy,
+                "transfer": attempt,
+                "moved": moved,
             })
         };
-        self.0.iter().map(show).collect()
+        self.regions.iter().map(show).collect()
     }
+}
+
+/// Why a Region cannot be had now.
+pub(super) fn busy(name: &Name, attempt: &Name) -> CommandError {
+    CommandError::new(
+        "region-busy",
+        format!("Region '{name}' is being moved by '{attempt}'"),
+    )
 }
 
 /// Where a Region's memory is.

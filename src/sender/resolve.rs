@@ -15,29 +15,33 @@ use super::status::{Attempt, Status};
 /// Pause between two inquiries.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Asks until there is an answer, or until `shutdown`: then the record stays, and the next start of the
-/// daemon goes on asking.
+/// Asks until there is an answer, and says which. `None`: `shutdown` came first; the record stays, and
+/// the next start of the daemon goes on asking.
 pub(super) async fn resolve(
     attempt: &Attempt,
     record: &CommitSent,
     journal: &Journal,
     shutdown: &CancellationToken,
-) {
+) -> Option<Owner> {
     attempt.enter(Status::Indeterminate);
     let mut told = false;
-    loop {
+    let owner = loop {
         let asked = tokio::select! {
             asked = ask(record, attempt.parameters.stall_timeout) => asked,
-            () = shutdown.cancelled() => return,
+            () = shutdown.cancelled() => return None,
         };
         match asked {
-            Ok(Owner::Destination) => break attempt.enter(Status::Completed),
+            Ok(Owner::Destination) => {
+                attempt.enter(Status::Completed);
+                break Owner::Destination;
+            }
+            Ok(Owner::Source) if !thaw(record) => {}
             Ok(Owner::Source) => {
-                thaw(record);
-                break attempt.fail(&TransferError::Refused {
+                attempt.fail(&TransferError::Refused {
                     code: "not-owner".to_owned(),
                     desc: "the receiver does not own the regions and never will: the writer goes on here".to_owned(),
                 });
+                break Owner::Source;
             }
             Ok(Owner::Unknown) if !told => {
                 tracing::error!(id = %attempt.id, "the receiver was booted since the commit and cannot know who owns the regions: look at the destination");
@@ -51,12 +55,13 @@ pub(super) async fn resolve(
         }
         tokio::select! {
             () = tokio::time::sleep(PAUSE) => {}
-            () = shutdown.cancelled() => return,
+            () = shutdown.cancelled() => return None,
         }
-    }
+    };
     if let Err(error) = journal.remove(record.nonce) {
         tracing::warn!(id = %attempt.id, %error, "cannot remove the record of a decided transfer");
     }
+    Some(owner)
 }
 
 async fn ask(record: &CommitSent, patience: Duration) -> Result<Owner, PeerError> {
@@ -83,12 +88,16 @@ async fn ask(record: &CommitSent, patience: Duration) -> Result<Owner, PeerError
     }
 }
 
-fn thaw(record: &CommitSent) {
+/// Lets the writers go on; `false` if one of them could not be, and has to be tried again.
+fn thaw(record: &CommitSent) -> bool {
+    let mut all = true;
     for process in &record.stopped {
         if let Err(error) = process.thaw() {
-            tracing::error!(?process, %error, "the writer could not be started again");
+            tracing::error!(?process, %error, "the writer could not be started again; trying again every second");
+            all = false;
         }
     }
+    all
 }
 
 /// Takes up what an earlier run of the daemon left undecided; records of another boot mean nothing.

@@ -12,6 +12,9 @@ use crate::limits::PAGE_BYTES;
 use crate::name::Name;
 use crate::stats::StreamStats;
 
+/// Payload in one Iteration that is enough to judge a rate by.
+const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
+
 /// Where an attempt is. Names are QEMU's where it has the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Status {
@@ -56,6 +59,8 @@ pub(super) struct IterationRow {
     pub(super) torn_pages: u64,
     /// What is dirty at its end, as far as that is known.
     pub(super) dirty_bytes: u64,
+    /// Payload bytes per second of sending; 0 if nothing was sent.
+    pub(super) bytes_per_second: u64,
     pub(super) time: Duration,
     pub(super) flush_time: Duration,
 }
@@ -229,8 +234,9 @@ impl Attempt {
         }
         state.iterations.push(row);
         state.remaining_bytes = row.dirty_bytes;
-        if !row.time.is_zero() && row.payload_bytes > 0 {
-            state.bytes_per_second = per_second(row.payload_bytes, row.time);
+        // A handful of pages says nothing about the link: what they take is a round trip.
+        if row.payload_bytes >= RATE_BYTES_MIN || state.bytes_per_second == 0 {
+            state.bytes_per_second = row.bytes_per_second;
         }
         drop(state);
         self.events

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
 use crate::config::{
@@ -14,7 +14,7 @@ use crate::config::{
 };
 use crate::dirty::Tracker;
 use crate::endpoint::Endpoint;
-use crate::freeze::{Freezer, Frozen};
+use crate::freeze::{FreezeError, Freezer, Frozen};
 use crate::iteration::{Next, Plan, Run, State};
 use crate::journal::{CommitSent, Journal};
 use crate::limits::PAGE_BYTES;
@@ -71,10 +71,13 @@ pub(super) struct Transfer {
     changed_pages: u64,
     inspect_bytes_per_second: u64,
     totals: Vec<StreamTotals>,
+    /// Where the conversation went: streams and inquiries go to the same receiver.
+    reached: Endpoint,
     talk: Option<Talk>,
     receiver_boot_id: BootId,
     wake: Wake,
     crew: Crew,
+    freezing: Option<JoinHandle<Result<Frozen, FreezeError>>>,
     frozen: Frozen,
     frozen_since: Instant,
     downtime: Downtime,
@@ -116,15 +119,17 @@ impl Transfer {
             sources,
             attempt,
             parameters,
-            order,
             iteration: 0,
             changed_pages: 0,
             inspect_bytes_per_second: 0,
             totals: Vec::new(),
+            reached: order.endpoint.clone(),
             talk: None,
-            receiver_boot_id: BootId(String::new()),
+            receiver_boot_id: BootId("".into()),
             crew: Crew::new(wake.clone()),
             wake,
+            order,
+            freezing: None,
             frozen: Frozen::default(),
             frozen_since: Instant::now(),
             downtime: Downtime::default(),
@@ -175,6 +180,7 @@ impl Transfer {
         let patience = self.parameters.stall_timeout;
         let preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
         let connection = peer::connect(&self.order.endpoint, preamble, patience).await?;
+        self.reached = peer::reached(&connection, &self.order.endpoint);
         let offer = FromSender::Offer(self.offer(dry_run)?);
         let talk = self.talk.insert(Talk::start(connection, patience));
         talk.say(&offer).await?;
@@ -231,8 +237,7 @@ impl Transfer {
         };
         for (stream, stats) in (0..).zip(&self.attempt.streams) {
             let preamble = Preamble::new(Purpose::Stream(stream), token, epoch);
-            let connection =
-                peer::connect(&self.order.endpoint, preamble, setup.stall_timeout).await?;
+            let connection = peer::connect(&self.reached, preamble, setup.stall_timeout).await?;
             self.crew
                 .start(
                     connection,
@@ -304,7 +309,7 @@ impl Transfer {
     /// released and everything that was sent is applied, on every stream.
     async fn iterate(&mut self) -> Result<(), TransferError> {
         self.iteration += 1;
-        let (started, read_before) = (Instant::now(), self.read_bytes());
+        let started = Instant::now();
         let plan = self.plan(self.owed.clone()).await?;
         let planned = plan.owed_pages();
         let reports = self.pass(plan, Pass::Send).await?;
@@ -312,7 +317,15 @@ impl Transfer {
         let time = started.elapsed();
         let pages: u64 = reports.iter().map(|report| report.pages).sum();
         self.changed_pages = pages.saturating_sub(planned);
-        self.inspect_bytes_per_second = per_second(self.read_bytes() - read_before, time);
+        // Streams read and send side by side, so their rates add up; what each of them takes for
+        // reading says nothing about the link, and the other way round.
+        let read = reports
+            .iter()
+            .map(|report| rate(report.read_bytes, report.read_time));
+        self.inspect_bytes_per_second = read.sum();
+        let sent = reports
+            .iter()
+            .map(|report| rate(report.payload_bytes, report.send_time));
         self.totals = reports.iter().map(|report| report.totals).collect();
         // What arrived torn is all that is still owed.
         self.owed = self
@@ -329,6 +342,7 @@ impl Transfer {
             pages,
             torn_pages: self.owed.iter().map(PageSet::count).sum(),
             dirty_bytes: self.remaining_bytes()?,
+            bytes_per_second: sent.sum(),
             time,
             flush_time: reports
                 .iter()
@@ -337,14 +351,6 @@ impl Transfer {
                 .unwrap_or_default(),
         });
         Ok(())
-    }
-
-    fn read_bytes(&self) -> u64 {
-        self.attempt
-            .streams
-            .iter()
-            .map(|stream| stream.read_bytes.get())
-            .sum()
     }
 
     /// What has to be looked at if `owed` is owed. Walks the holes of every Region, so it is not for
@@ -395,8 +401,12 @@ impl Transfer {
             .collect();
         let freeze_timeout = self.parameters.freeze_timeout;
         self.frozen_since = Instant::now();
-        // If this future is dropped meanwhile, so is what the task returns, and that thaws.
-        let frozen = spawn_blocking(move || Frozen::freeze(&freezers, freeze_timeout)).await;
+        // Kept, so that a cancel that comes just now waits for the end of it and thaws.
+        let freezing = self.freezing.insert(spawn_blocking(move || {
+            Frozen::freeze(&freezers, freeze_timeout)
+        }));
+        let frozen = freezing.await;
+        self.freezing = None;
         self.frozen = frozen.map_err(|error| TransferError::local("freeze")(error.into()))??;
         self.downtime.freeze = self.frozen_since.elapsed();
         Ok(())
@@ -412,7 +422,8 @@ impl Transfer {
             if owed == 0 {
                 break;
             }
-            if owed < least {
+            // Half of it, not one page: a peer must not be able to keep the writer frozen page by page.
+            if owed <= least / 2 {
                 (least, progress) = (owed, Instant::now());
             } else if progress.elapsed() > self.parameters.stall_timeout {
                 return Err(TransferError::Corrupt {
@@ -453,10 +464,21 @@ impl Transfer {
         let streams = self.totals.clone();
         let talk = under_way(&mut self.talk)?;
         talk.say(&FromSender::Prepare { streams }).await?;
-        match talk.hear().await? {
-            FromReceiver::Prepared {} => {}
-            other => return Err(unexpected(other)),
+        // Heartbeats are no progress, and the writer stands still meanwhile.
+        let patience = self.parameters.stall_timeout;
+        match timeout(patience, talk.hear()).await {
+            Ok(message) => match message? {
+                FromReceiver::Prepared {} => {}
+                other => return Err(unexpected(other)),
+            },
+            Err(_) => {
+                return Err(TransferError::NotPrepared {
+                    seconds: patience.as_secs_f32(),
+                });
+            }
         }
+        // The last look before the point of no return.
+        self.frozen.check()?;
         self.downtime.prepare = started.elapsed();
         Ok(())
     }
@@ -470,7 +492,7 @@ impl Transfer {
         let record = CommitSent {
             nonce: self.nonce,
             id: self.attempt.id.clone(),
-            uri: self.order.endpoint.to_string(),
+            uri: self.reached.to_string(),
             boot_id: self.order.boot_id.clone(),
             receiver_boot_id: self.receiver_boot_id.clone(),
             regions: self.attempt.regions.clone(),
@@ -511,14 +533,20 @@ impl Transfer {
     /// Back to where it was: the writer first.
     async fn undo(self, error: &TransferError) {
         drop(self.frozen);
+        if let Some(freezing) = self.freezing {
+            drop(freezing.await);
+        }
         if let Some(talk) = &self.talk {
             let abort = FromSender::Abort {
-                code: error.code().to_owned(),
-                desc: error.to_string(),
+                code: error.code().into(),
+                desc: error.to_string().into(),
             };
             let _ = timeout(GOODBYE, talk.say(&abort)).await;
         }
         self.crew.abandon().await;
+        if let Some(talk) = self.talk {
+            talk.farewell().await;
+        }
     }
 }
 
@@ -526,6 +554,15 @@ impl Transfer {
 fn under_way(talk: &mut Option<Talk>) -> Result<&mut Talk, PeerError> {
     talk.as_mut()
         .ok_or_else(|| PeerError::Lost(std::io::ErrorKind::NotConnected.into()))
+}
+
+/// A rate over what a stream did, 0 if it did nothing.
+fn rate(bytes: u64, time: Duration) -> u64 {
+    if bytes == 0 {
+        0
+    } else {
+        per_second(bytes, time)
+    }
 }
 
 async fn expired(limit: Option<Duration>) {
@@ -538,7 +575,7 @@ async fn expired(limit: Option<Duration>) {
 /// What a message means that is not the one that was due.
 fn unexpected(message: FromReceiver) -> TransferError {
     match message {
-        FromReceiver::Refuse { code, desc } => TransferError::Refused { code, desc },
+        FromReceiver::Refuse { code, desc } => refused(&code, &desc),
         other => {
             let text = serde_json::to_value(other).unwrap_or_default();
             TransferError::OutOfPlace(text["type"].to_string())
@@ -546,10 +583,19 @@ fn unexpected(message: FromReceiver) -> TransferError {
     }
 }
 
-/// Why a stream failed: the receiver may just be telling us.
-async fn reason(error: StreamError, talk: &mut Talk) -> TransferError {
-    match timeout(REASON_WAIT, talk.hear()).await {
-        Ok(Ok(FromReceiver::Refuse { code, desc })) => TransferError::Refused { code, desc },
-        _ => error.into(),
+fn refused(code: &impl ToString, desc: &impl ToString) -> TransferError {
+    TransferError::Refused {
+        code: code.to_string(),
+        desc: desc.to_string(),
     }
+}
+
+/// Why a stream failed. If its connection did, the receiver may just be telling us.
+async fn reason(error: StreamError, talk: &mut Talk) -> TransferError {
+    if matches!(error, StreamError::Lost { .. })
+        && let Ok(Ok(FromReceiver::Refuse { code, desc })) = timeout(REASON_WAIT, talk.hear()).await
+    {
+        return refused(&code, &desc);
+    }
+    error.into()
 }

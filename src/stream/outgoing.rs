@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::channel::{Channel, Features, Flush, Shutdown, WriteFlags, read_exact_into, writev_all};
 use crate::dirty::Tracker;
 use crate::iteration::{Piece, Plan};
-use crate::limits::PACKETS_UNACKNOWLEDGED_MAX;
+use crate::limits::{BLOCKS_UNACKNOWLEDGED_MAX, PACKETS_UNACKNOWLEDGED_MAX};
 use crate::pages::PageRange;
 use crate::region::{Region, Span, SpanMut};
 use crate::stats::StreamStats;
@@ -52,7 +52,13 @@ pub struct Report {
     pub pages: u64,
     /// Payload bytes sent.
     pub payload_bytes: u64,
-    /// Time spent waiting for the release of lent memory.
+    /// Bytes of memory read to be sent or compared.
+    pub read_bytes: u64,
+    /// Time spent reading them.
+    pub read_time: Duration,
+    /// Time spent sending, until everything was released and applied.
+    pub send_time: Duration,
+    /// The part of it spent waiting for the release of lent memory.
     pub flush_time: Duration,
     /// What the stream has carried since it opened.
     pub totals: StreamTotals,
@@ -91,7 +97,10 @@ pub struct StreamSetup {
 #[derive(Debug)]
 struct Unacknowledged {
     sequence: u64,
-    region: Option<u32>,
+    iteration: u32,
+    /// Its Region and the pages it spans; none for a mark.
+    pages: Option<(u32, PageRange)>,
+    blocks: u64,
     wire_bytes: u64,
     memory_bytes: u64,
 }
@@ -111,6 +120,7 @@ pub struct OutgoingStream {
     totals: StreamTotals,
     unacknowledged: VecDeque<Unacknowledged>,
     unacknowledged_bytes: u64,
+    unacknowledged_blocks: u64,
 }
 
 impl OutgoingStream {
@@ -150,6 +160,7 @@ impl OutgoingStream {
             },
             unacknowledged: VecDeque::new(),
             unacknowledged_bytes: 0,
+            unacknowledged_blocks: 0,
         }
     }
 
@@ -165,9 +176,11 @@ impl OutgoingStream {
                 return Err(StreamError::Ended);
             }
             let (region, tracker) = &self.setup.regions[self.piece.region as usize];
+            let started = Instant::now();
             self.inspector
                 .inspect(region, tracker.fingerprints(), &self.piece)?;
-            self.stats.read_bytes.add(self.inspector.read_bytes);
+            report.read_time += started.elapsed();
+            report.read_bytes += self.inspector.read_bytes;
             let pages: u64 = self
                 .inspector
                 .table
@@ -177,17 +190,21 @@ impl OutgoingStream {
                 .sum();
             report.pages += pages;
             if pages > 0 && job.pass == Pass::Send {
+                let started = Instant::now();
                 report.payload_bytes += self.send(job.plan.iteration(), &mut report.torn)?;
+                report.send_time += started.elapsed();
             }
         }
         if job.pass == Pass::Send {
-            self.send_mark(job.plan.iteration())?;
             let started = Instant::now();
+            self.send_mark(job.plan.iteration())?;
+            let flushing = Instant::now();
             self.flush()?;
-            report.flush_time = started.elapsed();
+            report.flush_time = flushing.elapsed();
             while !self.unacknowledged.is_empty() {
                 self.read_ack(&mut report.torn)?;
             }
+            report.send_time += started.elapsed();
         }
         report.totals = self.totals;
         Ok(report)
@@ -197,10 +214,8 @@ impl OutgoingStream {
     /// this the stream is dead. `Err`: some memory did not come back; the channel keeps it mapped.
     pub fn abandon(mut self) -> std::io::Result<()> {
         self.channel.shutdown(Shutdown::Reset)?;
-        // A reset connection never flushes successfully; what counts is whether all loans came back,
-        // and a channel dropped with loans keeps their mapping by itself.
-        let _ = self.channel.flush();
-        Ok(())
+        // After our own reset a flush speaks about the memory alone.
+        self.channel.flush().map(|_| ())
     }
 
     /// Sends the packet the inspector holds; gives its payload bytes.
@@ -217,6 +232,11 @@ impl OutgoingStream {
         let payload: u64 = table.data().map(|range| range.bytes(region.bytes())).sum();
         let data_pages: u64 = table.data().map(|range| range.count).sum();
         let pages: u64 = table.extents.iter().map(|extent| extent.range.count).sum();
+        let span = PageRange {
+            first: table.extents[0].range.first,
+            count: table.extents[table.extents.len() - 1].range.end()
+                - table.extents[0].range.first,
+        };
         let memory_bytes = table
             .extents
             .iter()
@@ -239,7 +259,8 @@ impl OutgoingStream {
         self.frame[..crate::wire::HEADER_BYTES].copy_from_slice(&header.encode());
         let wire_bytes = self.frame.len() as u64 + payload;
 
-        self.wait_for_window(wire_bytes, torn)?;
+        let blocks = u64::from(checksums);
+        self.wait_for_window(wire_bytes, blocks, torn)?;
         let wait = self.setup.pace.take(wire_bytes, Instant::now());
         if !wait.is_zero() && self.setup.wake.wait(wait) {
             return Err(StreamError::Ended);
@@ -273,7 +294,14 @@ impl OutgoingStream {
         self.stats.normal_pages.add(data_pages);
         self.stats.normal_bytes.add(payload);
         self.stats.duplicate_pages.add(pages - data_pages);
-        self.remember(Some(region_index), wire_bytes, memory_bytes);
+        self.remember(Unacknowledged {
+            sequence: self.totals.packets,
+            iteration,
+            pages: Some((region_index, span)),
+            blocks,
+            wire_bytes,
+            memory_bytes,
+        });
         Ok(payload)
     }
 
@@ -293,19 +321,21 @@ impl OutgoingStream {
         )
         .map_err(|error| self.io_error("the receiver takes no data", error))?;
         self.stats.transferred.add(bytes.len() as u64);
-        self.remember(None, bytes.len() as u64, 0);
+        self.remember(Unacknowledged {
+            sequence: self.totals.packets,
+            iteration,
+            pages: None,
+            blocks: 0,
+            wire_bytes: bytes.len() as u64,
+            memory_bytes: 0,
+        });
         Ok(())
     }
 
-    fn remember(&mut self, region: Option<u32>, wire_bytes: u64, memory_bytes: u64) {
-        let sequence = self.totals.packets;
-        self.unacknowledged.push_back(Unacknowledged {
-            sequence,
-            region,
-            wire_bytes,
-            memory_bytes,
-        });
-        self.unacknowledged_bytes += wire_bytes;
+    fn remember(&mut self, packet: Unacknowledged) {
+        self.unacknowledged_bytes += packet.wire_bytes;
+        self.unacknowledged_blocks += packet.blocks;
+        self.unacknowledged.push_back(packet);
     }
 
     /// Released: the kernel reads none of our pages any more.
@@ -334,8 +364,16 @@ impl OutgoingStream {
                 self.zero_copy = ZeroCopyWish::Off(String::new());
                 self.stats
                     .set_path("plain", format!("{reason}; plain sends are faster then"));
-            } else if self.zero_copy != ZeroCopyWish::Off(String::new()) {
-                self.stats.set_path("msg-zerocopy", reason);
+            } else {
+                // Why it is not the engine that was asked for stays true whatever the kernel does.
+                match &self.zero_copy {
+                    ZeroCopyWish::Off(_) => {}
+                    ZeroCopyWish::Always(note) if !note.is_empty() => {
+                        self.stats
+                            .set_path("msg-zerocopy", format!("{note}; {reason}"));
+                    }
+                    _ => self.stats.set_path("msg-zerocopy", reason),
+                }
             }
         }
     }
@@ -344,10 +382,12 @@ impl OutgoingStream {
     fn wait_for_window(
         &mut self,
         bytes: u64,
+        blocks: u64,
         torn: &mut Vec<(u32, PageRange)>,
     ) -> Result<(), StreamError> {
         loop {
             let full = self.unacknowledged_bytes + bytes > self.setup.window
+                || self.unacknowledged_blocks + blocks > BLOCKS_UNACKNOWLEDGED_MAX
                 || self.unacknowledged.len() >= PACKETS_UNACKNOWLEDGED_MAX;
             // A packet larger than the window goes alone.
             if self.unacknowledged.is_empty() {
@@ -395,21 +435,47 @@ impl OutgoingStream {
         if ack.epoch != self.setup.epoch {
             return Err(self.illegal_ack("epoch", ack.epoch.into(), "it is not the attempt's"));
         }
-        self.unacknowledged_bytes -= packet.wire_bytes;
-        self.stats.settled_bytes.add(packet.memory_bytes);
-        if ack.torn == 0 {
-            return Ok(());
+        if ack.iteration != packet.iteration {
+            return Err(self.illegal_ack(
+                "iteration",
+                ack.iteration.into(),
+                "it is not the packet's",
+            ));
         }
-        let Some(region) = packet.region else {
-            return Err(self.illegal_ack("torn", ack.torn.into(), "a mark has no pages"));
-        };
+        if u64::from(ack.torn) > packet.blocks {
+            return Err(self.illegal_ack("torn", ack.torn.into(), "the packet has fewer blocks"));
+        }
+        self.unacknowledged_bytes -= packet.wire_bytes;
+        self.unacknowledged_blocks -= packet.blocks;
+        self.stats.settled_bytes.add(packet.memory_bytes);
+        match packet.pages {
+            Some((region, span)) if ack.torn > 0 => self.read_torn(&ack, region, span, torn),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads which of a packet's pages arrived torn.
+    fn read_torn(
+        &mut self,
+        ack: &Ack,
+        region: u32,
+        span: PageRange,
+        torn: &mut Vec<(u32, PageRange)>,
+    ) -> Result<(), StreamError> {
         let mut table = std::mem::take(&mut self.torn_table);
-        self.read(table.buffer(&ack))?;
+        self.read(table.buffer(ack))?;
         let pages = self.setup.regions[region as usize].0.pages();
         let runs = table
-            .decode(&ack, pages)
+            .decode(ack, pages)
             .map_err(|source| self.wire_error(source))?;
         for run in runs {
+            if !span.contains(run) {
+                return Err(self.illegal_ack(
+                    "torn",
+                    run.first,
+                    "the packet does not have these pages",
+                ));
+            }
             self.stats.torn_pages.add(run.count);
             torn.push((region, run));
         }

@@ -12,7 +12,7 @@ use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{WireError, check_crc, crc32c, seal};
-use crate::limits::MESSAGE_BYTES_MAX;
+use crate::limits::{BOOT_ID_BYTES_MAX, CODE_BYTES_MAX, DESC_BYTES_MAX, MESSAGE_BYTES_MAX};
 use crate::name::Name;
 
 /// Length of a frame header.
@@ -88,7 +88,40 @@ impl From<Hex128> for String {
 /// written on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct BootId(pub String);
+pub struct BootId(pub Text<BOOT_ID_BYTES_MAX>);
+
+/// A text of at most `MAX` bytes. What is longer is cut, on the way out and on the way in: a peer's
+/// text ends up in logs, records and answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String")]
+pub struct Text<const MAX: usize>(String);
+
+impl<const MAX: usize> Text<MAX> {
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<const MAX: usize> From<String> for Text<MAX> {
+    fn from(mut text: String) -> Self {
+        text.truncate(text.floor_char_boundary(MAX));
+        Self(text)
+    }
+}
+
+impl<const MAX: usize> From<&str> for Text<MAX> {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
+    }
+}
+
+impl<const MAX: usize> fmt::Display for Text<MAX> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 /// A Region as the sender describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,7 +173,12 @@ pub struct StreamTotals {
 
 /// Messages from sender to receiver.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(
+    tag = "type",
+    rename_all = "kebab-case",
+    rename_all_fields = "kebab-case",
+    deny_unknown_fields
+)]
 pub enum FromSender {
     /// Opens an attempt.
     Offer(Offer),
@@ -157,9 +195,9 @@ pub enum FromSender {
     /// The attempt is over.
     Abort {
         /// Stable code.
-        code: String,
+        code: Text<CODE_BYTES_MAX>,
         /// For people.
-        desc: String,
+        desc: Text<DESC_BYTES_MAX>,
     },
     /// Opens a conversation that only asks who owns an attempt's Regions.
     Inquire {
@@ -186,7 +224,12 @@ pub enum Owner {
 
 /// Messages from receiver to sender.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(
+    tag = "type",
+    rename_all = "kebab-case",
+    rename_all_fields = "kebab-case",
+    deny_unknown_fields
+)]
 pub enum FromReceiver {
     /// The offer is accepted; streams may connect with this token.
     Accept {
@@ -200,9 +243,9 @@ pub enum FromReceiver {
     /// The offer, or what came later, is refused; the attempt is over.
     Refuse {
         /// Stable code.
-        code: String,
+        code: Text<CODE_BYTES_MAX>,
         /// For people.
-        desc: String,
+        desc: Text<DESC_BYTES_MAX>,
     },
     /// Everything is there and intact; a commit would be honoured.
     Prepared {},
@@ -263,7 +306,7 @@ impl FrameHeader {
                 FRAME,
                 "length",
                 length,
-                "expected at most 8 MiB",
+                "expected at most 2 MiB",
             ));
         }
         Ok(Self {
@@ -351,6 +394,16 @@ mod tests {
             FrameHeader::decode(bytes),
             Err(WireError::Damaged { .. })
         ));
+    }
+
+    #[test]
+    fn a_peers_text_is_cut_to_its_limit() {
+        let desc = "é".repeat(DESC_BYTES_MAX);
+        let text = format!(r#"{{"type":"refuse","code":"x","desc":"{desc}"}}"#);
+        let FromReceiver::Refuse { desc, .. } = serde_json::from_str(&text).unwrap() else {
+            panic!("another message");
+        };
+        assert_eq!(desc.as_str().len(), DESC_BYTES_MAX);
     }
 
     #[test]

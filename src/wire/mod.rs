@@ -12,7 +12,7 @@ mod preamble;
 pub use ack::{ACK_BYTES, Ack, TORN_BYTES, TornTable};
 pub use message::{
     BootId, FRAME_BYTES, FrameHeader, FromReceiver, FromSender, Hex128, Offer, OfferedRegion,
-    Owner, StreamTotals, Token,
+    Owner, StreamTotals, Text, Token,
 };
 pub use packet::{DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Table, blocks};
 pub use preamble::{PREAMBLE_BYTES, Preamble, Purpose, Status};
@@ -36,6 +36,16 @@ pub enum WireError {
         expected: u32,
         /// The checksum of what arrived.
         found: u32,
+    },
+    /// The peer speaks other versions of the protocol.
+    #[error(
+        "the peer speaks protocol versions {oldest} to {newest}, this side {VERSION_OLDEST} to {VERSION}: upgrade the older one"
+    )]
+    Version {
+        /// Its oldest.
+        oldest: u16,
+        /// Its newest.
+        newest: u16,
     },
     /// The frame is intact and says something that is not allowed: the peer is wrong.
     #[error("the peer sent an illegal {frame}: {field} is {value}, {rule}")]
@@ -71,6 +81,7 @@ impl WireError {
     pub fn code(&self) -> &'static str {
         match self {
             Self::Damaged { .. } => "line-damage",
+            Self::Version { .. } => "version",
             Self::Illegal { .. } => "protocol",
         }
     }

@@ -109,13 +109,6 @@ impl Preamble {
         }
     }
 
-    /// The version both sides speak, if there is one.
-    #[must_use]
-    pub fn common_version(&self) -> Option<u16> {
-        let newest = self.version.min(VERSION);
-        (newest >= self.version_oldest.max(VERSION_OLDEST)).then_some(newest)
-    }
-
     /// The bytes.
     #[must_use]
     pub fn encode(&self) -> [u8; PREAMBLE_BYTES] {
@@ -154,6 +147,11 @@ impl Preamble {
             ));
         }
         check_crc(FRAME, bytes)?;
+        let (newest, oldest) = (raw.version.get(), raw.version_oldest.get());
+        // Before anything whose meaning a version could change.
+        if newest < VERSION_OLDEST || oldest > VERSION {
+            return Err(WireError::Version { oldest, newest });
+        }
         let stream = raw.stream.get();
         let purpose = match (raw.purpose, stream) {
             (1, 0) => Purpose::Conversation,
@@ -184,8 +182,8 @@ impl Preamble {
             ));
         };
         Ok(Self {
-            version: raw.version.get(),
-            version_oldest: raw.version_oldest.get(),
+            version: newest,
+            version_oldest: oldest,
             purpose,
             status,
             token: Hex128(raw.token),
@@ -236,11 +234,28 @@ mod tests {
 
     #[test]
     fn versions_meet_where_their_ranges_overlap() {
-        let mut peer = Preamble::new(Purpose::Conversation, Hex128([0; 16]), 0);
-        assert_eq!(peer.common_version(), Some(VERSION));
-        (peer.version, peer.version_oldest) = (VERSION + 1, VERSION);
-        assert_eq!(peer.common_version(), Some(VERSION));
-        (peer.version, peer.version_oldest) = (VERSION + 5, VERSION + 3);
-        assert_eq!(peer.common_version(), None);
+        let read = |version, version_oldest, purpose| {
+            let conversation = Preamble::new(Purpose::Conversation, Hex128([0; 16]), 0);
+            let mut bytes = Preamble {
+                version,
+                version_oldest,
+                ..conversation
+            }
+            .encode();
+            bytes[12] = purpose;
+            seal(&mut bytes);
+            Preamble::decode(&bytes)
+        };
+        assert!(read(VERSION + 1, VERSION, 1).is_ok());
+        let other = Err(WireError::Version {
+            oldest: VERSION + 1,
+            newest: VERSION + 5,
+        });
+        assert_eq!(read(VERSION + 5, VERSION + 1, 1), other);
+        assert_eq!(
+            read(VERSION + 5, VERSION + 1, 77),
+            other,
+            "versions come before everything else"
+        );
     }
 }
