@@ -129,7 +129,7 @@ struct StreamState {
 }
 
 /// One attempt as the receiver sees it. Streams share it without a lock: each field of a
-/// [`StreamState`] is written by that stream alone.
+/// `StreamState` is written by that stream alone.
 #[derive(Debug)]
 pub struct Assembly {
     epoch: u32,

@@ -67,7 +67,8 @@ fn local(doing: impl Into<String>) -> impl FnOnce(io::Error) -> DemoError {
 }
 
 pub(super) fn run(args: &DemoArgs) -> Exit {
-    let interrupts = Interrupts::new(&[Signal::SIGINT, Signal::SIGTERM]);
+    // A terminal that is closed is an interrupt too: what is in /dev/shm must not stay.
+    let interrupts = Interrupts::new(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
     show(args, interrupts.as_ref()).unwrap_or_else(|error| {
         note(format_args!("memferry: {error}"));
         error.exit()

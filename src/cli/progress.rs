@@ -57,12 +57,14 @@ impl Snapshot {
     #[must_use]
     pub fn new(answer: &Value) -> Self {
         let ram = &answer["ram"];
+        let total = ram["total"].as_u64().unwrap_or(0);
         Self {
             phase: text(&answer["status"]),
             passes: ram["dirty-sync-count"].as_u64().unwrap_or(0),
             passes_max: answer["parameters"]["max-iterations"].as_u64(),
-            total: ram["total"].as_u64().unwrap_or(0),
-            remaining: ram["remaining"].as_u64().unwrap_or(0),
+            total,
+            // What may have been written while it was sent can count twice.
+            remaining: (ram["remaining"].as_u64().unwrap_or(0)).min(total),
             bytes_per_second: number(&ram["mbps"]) * 1e6 / 8.0,
             dirty_per_second: number(&ram["dirty-pages-rate"]) * number(&ram["page-size"]),
             path: answer["zero-copy"]["path"]

@@ -81,7 +81,7 @@ fn summary(answer: &Value) -> Vec<String> {
     row(
         "memory",
         match ram["remaining"].as_f64() {
-            Some(left) => format!("{}, {} left", bytes(total), bytes(left)),
+            Some(left) => format!("{}, {} left", bytes(total), bytes(left.min(total))),
             None => bytes(total),
         },
     );
@@ -108,7 +108,9 @@ fn owner(status: &str, answer: &Value) -> Option<&'static str> {
     answer["iterations"].as_array()?;
     match status {
         "completed" => Some("the receiver; the writer here stays stopped"),
-        "failed" | "cancelled" => Some("the source, which goes on; the receiver keeps nothing"),
+        "failed" | "cancelled" => {
+            Some("as before: nothing was moved, and the writer was not kept stopped")
+        }
         "indeterminate" => Some("not known: the receiver has not answered the commit"),
         _ => None,
     }
