@@ -3,9 +3,15 @@
 //! A tracker only names pages. What was harvested is a debt of the attempt (rule 3), and whether a
 //! page arrived is for the receiver to say. The set of trackers is closed, so it is an enum.
 
+mod bitmap;
+mod error;
 mod fingerprints;
+mod pagemap;
 
+pub use bitmap::BitmapTracker;
+pub use error::TrackerError;
 pub use fingerprints::{Change, Fingerprints};
+pub use pagemap::PagemapTracker;
 
 use crate::iteration::{Look, Run};
 use crate::pages::{PageRange, PageSet};
