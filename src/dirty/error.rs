@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::region::RegionError;
+
 /// Why a tracker cannot say what was written. Whatever it was asked before, after an error everything
 /// may have been written: its pages have to be owed again.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,9 @@ pub enum TrackerError {
         /// The seals it has; 0 also for files that cannot have any.
         seals: i32,
     },
+    /// The Region's file could not be looked at.
+    #[error(transparent)]
+    Region(#[from] RegionError),
     /// The kernel refused something else.
     #[error("cannot {doing}: {source}")]
     Failed {
@@ -93,6 +98,7 @@ impl TrackerError {
             Self::Address { .. } => "tracker-address",
             Self::BitmapSize { .. } => "bitmap-size",
             Self::BitmapSeal { .. } => "bitmap-seal",
+            Self::Region(error) => error.code(),
             Self::Failed { .. } => "tracker-failed",
         }
     }

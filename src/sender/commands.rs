@@ -102,9 +102,13 @@ impl SenderCommands {
             _ => return Err(invalid("region-add takes either 'path' or 'fdname'")),
         };
         let mut state = self.sender.lock();
-        state
-            .registry
-            .add(add.name.clone(), memory, add.tracker, add.freeze)?;
+        state.registry.add(
+            add.name.clone(),
+            memory,
+            add.tracker,
+            add.freeze,
+            Some(&call.fds),
+        )?;
         if let Err(error) = state.registry.check_page_size(&add.name, add.page_size) {
             state.registry.remove(&add.name)?;
             return Err(error);

@@ -223,7 +223,7 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
         let added = sender
             .lock()
             .registry
-            .add(name, memory, region.tracker, region.freeze);
+            .add(name, memory, region.tracker, region.freeze, None);
         // A Region that is not there yet must not keep the others from being served.
         if let Err(CommandError { desc, .. }) = added {
             tracing::warn!(region = %region.name, "not added: {desc}");

@@ -3,25 +3,80 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
 use crate::config::{FreezeConfig, TrackerConfig};
-use crate::control::CommandError;
+use crate::control::{CommandError, FdTable, code};
+use crate::dirty::{BitmapTracker, Exact, PagemapTracker};
 use crate::freeze::{Freezer, Process};
 use crate::name::Name;
+use crate::pages::PageSet;
 use crate::region::Region;
 
 /// A Region as it was added.
 #[derive(Debug, Clone)]
 pub(super) struct Registered {
     pub(super) region: Arc<Region>,
-    pub(super) tracker: TrackerConfig,
+    pub(super) tracking: Tracking,
+    /// As it was asked for, to be shown.
+    tracker: TrackerConfig,
     pub(super) freeze: FreezeConfig,
     pub(super) freezer: Freezer,
     hold: Hold,
 }
+
+/// How writes are found. What knows by itself lives as long as the Region is registered; what has to
+/// read everything is made anew for each attempt.
+#[derive(Debug, Clone)]
+pub(super) enum Tracking {
+    /// Nothing writes.
+    None,
+    /// By reading.
+    Scan,
+    /// By asking the kernel or the writer.
+    Exact(Arc<Mutex<Exact>>),
+}
+
+impl Tracking {
+    fn new(
+        tracker: &TrackerConfig,
+        region: &Region,
+        descriptors: Descriptors<'_>,
+    ) -> Result<Self, CommandError> {
+        let take = |name: &str| {
+            let missing = || {
+                let text = format!("File descriptor named '{name}' has not been found");
+                CommandError::new(code::NO_DESCRIPTOR, text)
+            };
+            descriptors
+                .and_then(|fds| fds.take(name))
+                .ok_or_else(missing)
+        };
+        let exact = match tracker {
+            TrackerConfig::None => return Ok(Self::None),
+            TrackerConfig::Scan => return Ok(Self::Scan),
+            TrackerConfig::Pagemap {
+                pagemap_fdname,
+                uffd_fdname,
+                address,
+            } => {
+                let (pagemap, uffd) = (take(pagemap_fdname)?, take(uffd_fdname)?);
+                PagemapTracker::new(pagemap, uffd, *address, region.bytes())
+                    .map(|tracker| Exact::Pagemap(tracker, PageSet::empty(region.pages())))
+            }
+            TrackerConfig::Bitmap { fdname } => {
+                BitmapTracker::new(take(fdname)?, region.pages()).map(Exact::Bitmap)
+            }
+        };
+        let exact = exact.map_err(|error| CommandError::new(error.code(), error.to_string()))?;
+        Ok(Self::Exact(Arc::new(Mutex::new(exact))))
+    }
+}
+
+/// Where descriptors come from: a control connection, or nowhere for the configuration's Regions.
+pub(super) type Descriptors<'a> = Option<&'a FdTable>;
 
 /// Who may move a Region.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +111,7 @@ impl Registry {
         memory: Memory<'_>,
         tracker: TrackerConfig,
         freeze: FreezeConfig,
+        descriptors: Descriptors<'_>,
     ) -> Result<(), CommandError> {
         if self.regions.contains_key(&name) {
             return Err(CommandError::new(
@@ -68,6 +124,7 @@ impl Registry {
             Memory::Descriptor(fd) => Region::from_descriptor(name.clone(), fd),
         };
         let region = region.map_err(|error| CommandError::new(error.code(), error.to_string()))?;
+        let tracking = Tracking::new(&tracker, &region, descriptors)?;
         let freezer = match freeze {
             FreezeConfig::None => Freezer::None,
             FreezeConfig::Pid(pid) => {
@@ -78,6 +135,7 @@ impl Registry {
         };
         let registered = Registered {
             region: Arc::new(region),
+            tracking,
             tracker,
             freeze,
             freezer,

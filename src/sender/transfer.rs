@@ -9,10 +9,8 @@ use std::time::{Duration, Instant};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
-use crate::config::{
-    FreezeConfig, Integrity, TrackerConfig, TransferParameters, WhenNotConverging,
-};
-use crate::dirty::Tracker;
+use crate::config::{FreezeConfig, Integrity, TransferParameters, WhenNotConverging};
+use crate::dirty::{Tracker, TrackerError};
 use crate::endpoint::Endpoint;
 use crate::freeze::{FreezeError, Freezer, Frozen};
 use crate::iteration::{Next, Plan, Run, State};
@@ -30,7 +28,7 @@ use crate::wire::{
 
 use super::crew::{Crew, REASON_WAIT};
 use super::error::TransferError;
-use super::registry::Registered;
+use super::registry::{Registered, Tracking};
 use super::status::{Attempt, Downtime, IterationRow, Status, per_second};
 
 /// How long a failing transfer takes to tell the receiver so.
@@ -95,16 +93,17 @@ impl Transfer {
         let source = |registered: &Registered| {
             let region = Arc::clone(&registered.region);
             let live = registered.freeze != FreezeConfig::None;
-            let tracker = match registered.tracker {
-                TrackerConfig::None => Tracker::None,
-                TrackerConfig::Scan if live && parameters.integrity == Integrity::Off => {
+            let tracker = match &registered.tracking {
+                Tracking::None => Tracker::None,
+                Tracking::Scan if live && parameters.integrity == Integrity::Off => {
                     return Err(TransferError::ScanWithoutIntegrity {
                         name: region.name().clone(),
                     });
                 }
-                TrackerConfig::Scan => {
+                Tracking::Scan => {
                     Tracker::scan(&region).map_err(TransferError::local("make fingerprints"))?
                 }
+                Tracking::Exact(exact) => Tracker::Exact(Arc::clone(exact)),
             };
             Ok((region, tracker))
         };
@@ -166,10 +165,13 @@ impl Transfer {
     async fn run(&mut self) -> Result<(), TransferError> {
         let (token, epoch) = self.agree(false).await?;
         self.open_streams(token, epoch).await?;
+        self.arm().await?;
         while !self.converged()? {
             self.iterate().await?;
         }
         self.freeze().await?;
+        self.harvest().await?;
+        self.look_again().await?;
         self.settle().await?;
         self.check_frozen().await?;
         self.prepare().await
@@ -251,6 +253,54 @@ impl Transfer {
         Ok(())
     }
 
+    /// Tells the trackers that everything is owed, before the first page is read: from here on a write
+    /// cannot be missed.
+    async fn arm(&mut self) -> Result<(), TransferError> {
+        let sources = Arc::clone(&self.sources);
+        let armed = spawn_blocking(move || {
+            sources
+                .iter()
+                .try_for_each(|(region, tracker)| tracker.begin(region))
+        });
+        Ok(armed
+            .await
+            .map_err(|error| TransferError::local("arm the trackers")(error.into()))??)
+    }
+
+    /// Adds to the debt what was written since the last time; gives how many pages that were.
+    async fn harvest(&mut self) -> Result<u64, TransferError> {
+        let (sources, mut owed) = (Arc::clone(&self.sources), std::mem::take(&mut self.owed));
+        let harvested = spawn_blocking(move || {
+            let mut pages = 0;
+            for ((_, tracker), owed) in sources.iter().zip(&mut owed) {
+                pages += tracker.harvest(owed)?;
+            }
+            Ok::<_, TrackerError>((pages, owed))
+        });
+        let harvested = harvested
+            .await
+            .map_err(|error| TransferError::local("harvest")(error.into()))?;
+        let (pages, owed) = harvested?;
+        self.owed = owed;
+        Ok(pages)
+    }
+
+    /// Adds to the debt what trackers are blind to and what can be seen now that nothing writes.
+    async fn look_again(&mut self) -> Result<(), TransferError> {
+        let (sources, mut owed) = (Arc::clone(&self.sources), std::mem::take(&mut self.owed));
+        let looked = spawn_blocking(move || {
+            for ((region, tracker), owed) in sources.iter().zip(&mut owed) {
+                tracker.look_again(region, owed)?;
+            }
+            Ok::<_, TrackerError>(owed)
+        });
+        let looked = looked
+            .await
+            .map_err(|error| TransferError::local("look for holes")(error.into()))?;
+        self.owed = looked?;
+        Ok(())
+    }
+
     /// Whether so little is left that the writer can be stopped for it.
     fn converged(&self) -> Result<bool, TransferError> {
         if self.iteration == 0 {
@@ -306,8 +356,9 @@ impl Transfer {
     }
 
     /// One pass over what is owed or may have been written. When it ends, everything that was lent is
-    /// released and everything that was sent is applied, on every stream.
-    async fn iterate(&mut self) -> Result<(), TransferError> {
+    /// released and everything that was sent is applied, on every stream. Gives how many pages the
+    /// trackers say were written meanwhile.
+    async fn iterate(&mut self) -> Result<u64, TransferError> {
         self.iteration += 1;
         let started = Instant::now();
         let plan = self.plan(self.owed.clone()).await?;
@@ -336,11 +387,13 @@ impl Transfer {
         for &(region, range) in reports.iter().flat_map(|report| &report.torn) {
             self.owed[region as usize].insert(range);
         }
+        let torn_pages = self.owed.iter().map(PageSet::count).sum();
+        let written_pages = self.harvest().await?;
         self.attempt.iteration_ended(IterationRow {
             pass: self.iteration,
             payload_bytes: reports.iter().map(|report| report.payload_bytes).sum(),
             pages,
-            torn_pages: self.owed.iter().map(PageSet::count).sum(),
+            torn_pages,
             dirty_bytes: self.remaining_bytes()?,
             bytes_per_second: sent.sum(),
             time,
@@ -350,7 +403,7 @@ impl Transfer {
                 .max()
                 .unwrap_or_default(),
         });
-        Ok(())
+        Ok(written_pages)
     }
 
     /// What has to be looked at if `owed` is owed. Walks the holes of every Region, so it is not for
@@ -361,7 +414,7 @@ impl Transfer {
         let plan = spawn_blocking(move || {
             let mut runs: Vec<Run> = Vec::new();
             for ((index, (region, tracker)), owed) in (0..).zip(&*sources).zip(&owed) {
-                tracker.plan(index, region, owed, &mut runs)?;
+                tracker.plan(index, region, owed, iteration == 1, &mut runs)?;
             }
             Ok::<_, RegionError>(Plan::new(iteration, packet_size, runs))
         });
@@ -417,7 +470,10 @@ impl Transfer {
     async fn settle(&mut self) -> Result<(), TransferError> {
         let (mut least, mut progress) = (u64::MAX, Instant::now());
         loop {
-            self.iterate().await?;
+            let pages = self.iterate().await?;
+            if pages > 0 {
+                return Err(TransferError::NotFrozen { pages });
+            }
             let owed: u64 = self.owed.iter().map(PageSet::count).sum();
             if owed == 0 {
                 break;
@@ -533,6 +589,9 @@ impl Transfer {
     /// Back to where it was: the writer first.
     async fn undo(self, error: &TransferError) {
         drop(self.frozen);
+        self.sources
+            .iter()
+            .for_each(|(_, tracker)| tracker.restore());
         if let Some(freezing) = self.freezing {
             drop(freezing.await);
         }
