@@ -11,6 +11,7 @@ mod admission;
 mod attempt;
 mod commands;
 mod destination;
+mod error;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

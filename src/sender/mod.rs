@@ -8,6 +8,7 @@
 
 mod commands;
 mod crew;
+mod debt;
 mod error;
 mod registry;
 mod resolve;
