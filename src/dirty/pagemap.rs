@@ -80,8 +80,10 @@ impl PagemapTracker {
 
     /// Begins: protects everything. What was written before is not reported, since everything is owed
     /// at this point. To be called before the first page is read.
+    ///
+    /// Holes are protected too, which costs the writer page tables for all of the Region: 1/512 of it.
     pub fn arm(&mut self) -> Result<(), TrackerError> {
-        self.take(|_| {})?;
+        self.scan(|_| {})?;
         self.check_coverage()
     }
 
@@ -91,13 +93,21 @@ impl PagemapTracker {
     /// The granularity is the writer's: one write to a huge page is all of its pages. After an error
     /// everything has to be owed.
     pub fn harvest(&mut self, owed: &mut PageSet) -> Result<u64, TrackerError> {
+        let pages = self.take(owed)?;
+        // Behind the scan, so that it also covers what was unmapped while it ran.
+        self.check_coverage()?;
+        Ok(pages)
+    }
+
+    /// [`Self::harvest`] without its look for memory that is not mapped any more, which takes several
+    /// times as long as the rest. For a writer that is frozen, whose pages can be sent meanwhile: what
+    /// was found is not all there is before [`Self::check_coverage`] has said so too.
+    pub fn take(&mut self, owed: &mut PageSet) -> Result<u64, TrackerError> {
         let mut pages = 0;
-        self.take(|run| {
+        self.scan(|run| {
             owed.insert(run);
             pages += run.count;
         })?;
-        // Behind the scan, so that it also covers what was unmapped while it ran.
-        self.check_coverage()?;
         Ok(pages)
     }
 
@@ -111,7 +121,7 @@ impl PagemapTracker {
     }
 
     /// Calls `each` for every run that was written, and protects it.
-    fn take(&mut self, mut each: impl FnMut(PageRange)) -> Result<(), TrackerError> {
+    fn scan(&mut self, mut each: impl FnMut(PageRange)) -> Result<(), TrackerError> {
         let (start, pagemap) = (self.range.start, self.pagemap.as_fd());
         let scanned =
             pagemap::written_and_protect(pagemap, self.range, &mut self.runs, |from, to| {
@@ -179,3 +189,10 @@ fn link(fd: BorrowedFd<'_>) -> Result<String, TrackerError> {
     let path = path.map_err(TrackerError::failed("look at a descriptor"))?;
     Ok(path.display().to_string())
 }
+
+#[cfg(test)]
+#[path = "pagemap_process_tests.rs"]
+mod process_tests;
+#[cfg(test)]
+#[path = "pagemap_tests.rs"]
+mod tests;
