@@ -6,12 +6,13 @@
 mod bitmap;
 mod error;
 mod fingerprints;
+mod maps;
 mod pagemap;
 
 pub use bitmap::BitmapTracker;
 pub use error::TrackerError;
 pub use fingerprints::{Change, Fingerprints};
-pub use pagemap::PagemapTracker;
+pub use pagemap::{Memory, PagemapTracker};
 
 use crate::iteration::{Look, Run};
 use crate::pages::{PageRange, PageSet};

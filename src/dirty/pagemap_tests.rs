@@ -234,6 +234,8 @@ fn a_huge_page_is_dirty_as_a_whole() {
     writer.write(HUGE_PAGES + 3);
     let whole = Vec::from_iter(HUGE_PAGES..2 * HUGE_PAGES);
     assert_eq!(harvest(&mut tracker), whole);
+    let memory = tracker.check_memory(writer.file.as_fd());
+    assert_eq!(memory.unwrap(), Memory::Confirmed);
     assert!(harvest(&mut tracker).is_empty());
 
     // A region that ends inside a huge page cannot be tracked, and asking must end.
@@ -280,6 +282,27 @@ fn addresses_that_make_no_sense_are_refused() {
     assert_eq!(new(u64::MAX - 8191, 4096), "tracker-failed");
     // Nothing is ever mapped there.
     assert_eq!(new(0, 4096), "tracker-blind");
+}
+
+#[test]
+fn an_address_of_other_memory_is_refused() {
+    let writer = Writer::new(16);
+    let tracker = writer.tracker();
+    let check = |tracker: &PagemapTracker, file: &fs::File| tracker.check_memory(file.as_fd());
+    assert_eq!(check(&tracker, &writer.file).unwrap(), Memory::Confirmed);
+    let other = Writer::new(16);
+    assert_eq!(code(check(&tracker, &other.file)), "tracker-memory");
+
+    // The second half of the memory is not the memory.
+    let uffd = writer.uffd.as_fd().try_clone_to_owned().unwrap();
+    let address = writer.address() + 8 * PAGE_BYTES;
+    let half = PagemapTracker::new(own(), uffd, address, 8 * PAGE_BYTES).unwrap();
+    let error = check(&half, &writer.file).unwrap_err();
+    assert!(error.to_string().contains("memfd:test"), "{error}");
+
+    // A file whose numbers cannot be compared.
+    let proc = fs::File::open("/proc/self/maps").unwrap();
+    assert_eq!(check(&tracker, &proc).unwrap(), Memory::NotVisible);
 }
 
 #[test]
