@@ -112,3 +112,152 @@ impl BitmapTracker {
         self.begin();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::pages::PageRange;
+
+    fn memfd(bytes: u64, seals: SealFlag) -> File {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create(c"test", flags).unwrap());
+        file.set_len(bytes).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+        file
+    }
+
+    /// The writer's side, as another program would do it.
+    struct Marks(Arc<Mapping>);
+
+    impl Marks {
+        fn set(&self, page: u64) {
+            let word = &self.0.words()[usize::try_from(page / 64).unwrap()];
+            word.fetch_or(1 << (page % 64), Ordering::Release);
+        }
+    }
+
+    fn shared(pages: u64) -> (Marks, BitmapTracker) {
+        let bytes = pages.div_ceil(64) * 8;
+        let file = memfd(bytes, SealFlag::F_SEAL_SHRINK);
+        let mapping = Mapping::new(&file, usize::try_from(bytes).unwrap(), Access::Write).unwrap();
+        let tracker = BitmapTracker::new(file.into(), pages).unwrap();
+        (Marks(mapping), tracker)
+    }
+
+    fn harvest(tracker: &mut BitmapTracker) -> Vec<u64> {
+        let mut owed = PageSet::empty(tracker.taken.pages());
+        assert_eq!(tracker.harvest(&mut owed), owed.count());
+        owed.runs().flat_map(|run| run.first..run.end()).collect()
+    }
+
+    #[test]
+    fn marks_are_taken_once() {
+        let (marks, mut tracker) = shared(200);
+        assert!(harvest(&mut tracker).is_empty());
+        [0, 63, 64, 199]
+            .into_iter()
+            .for_each(|page| marks.set(page));
+        assert_eq!(harvest(&mut tracker), [0, 63, 64, 199]);
+        assert!(harvest(&mut tracker).is_empty());
+        marks.set(64);
+        assert_eq!(harvest(&mut tracker), [64]);
+    }
+
+    #[test]
+    fn bits_behind_the_last_page_mean_nothing() {
+        let (marks, mut tracker) = shared(70);
+        [69, 70, 127].into_iter().for_each(|page| marks.set(page));
+        assert_eq!(harvest(&mut tracker), [69]);
+    }
+
+    #[test]
+    fn what_was_owed_stays_owed() {
+        let (marks, mut tracker) = shared(100);
+        let mut owed = PageSet::empty(100);
+        owed.insert(PageRange { first: 5, count: 2 });
+        marks.set(6);
+        marks.set(8);
+        assert_eq!(tracker.harvest(&mut owed), 2);
+        assert_eq!(owed.count(), 3);
+    }
+
+    #[test]
+    fn a_failed_attempt_puts_back_what_it_took() {
+        let (marks, mut tracker) = shared(200);
+        marks.set(1);
+        harvest(&mut tracker);
+        tracker.begin();
+        marks.set(2);
+        harvest(&mut tracker);
+        marks.set(150);
+        harvest(&mut tracker);
+        marks.set(3);
+        tracker.restore();
+        assert_eq!(harvest(&mut tracker), [2, 3, 150]);
+        tracker.restore();
+        assert_eq!(harvest(&mut tracker), [2, 3, 150]);
+    }
+
+    #[test]
+    fn no_mark_of_a_writer_that_goes_on_is_lost() {
+        const PAGES: u64 = 1000;
+        const ROUNDS: u64 = 200;
+        let (marks, mut tracker) = shared(PAGES);
+        let writer = thread::spawn(move || {
+            for round in 0..ROUNDS {
+                (0..PAGES)
+                    .filter(|page| page % 7 == round % 7)
+                    .for_each(|page| marks.set(page));
+            }
+        });
+        let mut seen = PageSet::empty(PAGES);
+        while !writer.is_finished() {
+            tracker.harvest(&mut seen);
+        }
+        writer.join().unwrap();
+        tracker.harvest(&mut seen);
+        assert_eq!(seen, PageSet::full(PAGES));
+        assert!(harvest(&mut tracker).is_empty());
+    }
+
+    #[test]
+    fn a_bitmap_that_can_shrink_is_refused_with_the_way_out() {
+        let loose = memfd(8, SealFlag::F_SEAL_GROW);
+        let plain = tempfile::tempfile().unwrap();
+        for file in [loose, plain] {
+            let error = BitmapTracker::new(file.into(), 64).unwrap_err();
+            assert_eq!(error.code(), "bitmap-seal");
+            assert!(error.to_string().contains("F_SEAL_SHRINK"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_length_is_that_of_whole_words_or_of_whole_memory_pages() {
+        let new =
+            |bytes, pages| BitmapTracker::new(memfd(bytes, SealFlag::F_SEAL_SHRINK).into(), pages);
+        for (bytes, pages) in [(8, 1), (8, 64), (16, 65), (4096, 65), (4096, 32768)] {
+            assert!(new(bytes, pages).is_ok(), "{bytes} bytes for {pages} pages");
+        }
+        for (bytes, pages) in [(0, 1), (8, 65), (4097, 65), (8192, 32768), (4096, 32769)] {
+            let error = new(bytes, pages).unwrap_err();
+            assert_eq!(error.code(), "bitmap-size");
+            let text = error.to_string();
+            assert!(text.contains(&format!("has {bytes} bytes")), "{text}");
+            assert!(text.contains(&format!("{pages} pages")), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_bitmap_that_cannot_be_written_is_refused() {
+        let file = memfd(8, SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_WRITE);
+        let error = BitmapTracker::new(file.into(), 64).unwrap_err();
+        assert!(
+            error.to_string().contains("map the dirty bitmap"),
+            "{error}"
+        );
+    }
+}

@@ -51,6 +51,18 @@ pub enum TrackerError {
         /// What it has to be a multiple of.
         page_bytes: u64,
     },
+    /// The writer's mapping is one of something else.
+    #[error(
+        "the writer has {found} at {at:#x}, where the region's memory was said to be mapped from {address:#x} on: the address is that of the region's first byte, in a shared mapping"
+    )]
+    OtherMemory {
+        /// Where the Region was said to begin.
+        address: u64,
+        /// Where something else is.
+        at: u64,
+        /// What is there.
+        found: String,
+    },
     /// A dirty bitmap that does not fit its Region.
     #[error(
         "the dirty bitmap has {found} bytes; a region of {pages} pages needs {least} (one bit per page, in words of 8 bytes) and takes up to {most}"
@@ -96,6 +108,7 @@ impl TrackerError {
             Self::Descriptor { .. } => "tracker-descriptor",
             Self::Unsupported => "tracker-unsupported",
             Self::Address { .. } => "tracker-address",
+            Self::OtherMemory { .. } => "tracker-memory",
             Self::BitmapSize { .. } => "bitmap-size",
             Self::BitmapSeal { .. } => "bitmap-seal",
             Self::Region(error) => error.code(),

@@ -6,6 +6,7 @@
 mod bitmap;
 mod error;
 mod fingerprints;
+mod maps;
 mod pagemap;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub use bitmap::BitmapTracker;
 pub use error::TrackerError;
 pub use fingerprints::{Change, Fingerprints};
-pub use pagemap::PagemapTracker;
+pub use pagemap::{Memory, PagemapTracker};
 
 use crate::iteration::{Look, Run};
 use crate::limits::PAGE_BYTES;

@@ -14,9 +14,9 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use nix::sys::statfs::{PROC_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, PROC_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
 
-use super::TrackerError;
+use super::{TrackerError, maps};
 use crate::limits::PAGE_BYTES;
 use crate::pages::{PageRange, PageSet};
 use crate::sys::pagemap::{self, AddressRange, PageRegion};
@@ -26,6 +26,15 @@ const RUNS_PER_CALL: usize = 1024;
 
 /// What the kernel calls a userfaultfd.
 const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
+
+/// What is known about the memory behind a writer's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// It is the Region's.
+    Confirmed,
+    /// The writer's mappings are not for us to see.
+    NotVisible,
+}
 
 /// Tells which pages were written through one mapping of one process.
 #[derive(Debug)]
@@ -44,9 +53,8 @@ impl PagemapTracker {
     /// they have to be and that the whole range is tracked. Nothing is protected before [`Self::arm`].
     ///
     /// *Not* checked, because neither descriptor tells: that what is mapped there is this Region's
-    /// memory and from its start, and that `uffd` is the userfaultfd that tracks it. A wrong address is
-    /// the writer's mistake, and then its writes are missed. (A wrong `uffd` is noticed as soon as the
-    /// writer closes the right one.)
+    /// memory ([`Self::check_memory`] can tell of most writers), and that `uffd` is the userfaultfd that
+    /// tracks it. (A wrong one is noticed as soon as the writer closes the right one.)
     pub fn new(
         pagemap: OwnedFd,
         uffd: OwnedFd,
@@ -78,10 +86,41 @@ impl PagemapTracker {
         Ok(tracker)
     }
 
+    /// That what the writer has mapped there is `file`, shared and from its first byte. With a wrong
+    /// address the writes to the Region would be missed, and nothing would tell.
+    ///
+    /// The list of a process's mappings is shown to its own user and to root, through a /proc that has
+    /// the process; where we cannot see it, the writer's word has to do. So it has for files elsewhere
+    /// than on tmpfs or hugetlbfs, whose numbers in the list may be others than those of the file.
+    pub fn check_memory(&self, file: BorrowedFd<'_>) -> Result<Memory, TrackerError> {
+        let failed = TrackerError::failed::<io::Error>;
+        let fs = fstatfs(file)
+            .map_err(io::Error::from)
+            .map_err(failed("look at the region's file system"))?;
+        let comparable = [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&fs.filesystem_type());
+        let (true, Some(maps)) = (comparable, maps::of_pagemap(self.pagemap.as_fd())) else {
+            return Ok(Memory::NotVisible);
+        };
+        let id = maps::FileId::of(file).map_err(failed("look at the region's memory"))?;
+        let (start, end) = (self.range.start, self.range.end());
+        let other = maps::first_other(maps, start, end, id);
+        match other.map_err(failed("read the writer's mappings"))? {
+            None => Ok(Memory::Confirmed),
+            Some((_, nothing)) if nothing.is_empty() => Err(self.blind()),
+            Some((at, found)) => Err(TrackerError::OtherMemory {
+                address: start,
+                at,
+                found,
+            }),
+        }
+    }
+
     /// Begins: protects everything. What was written before is not reported, since everything is owed
     /// at this point. To be called before the first page is read.
+    ///
+    /// Holes are protected too, which costs the writer page tables for all of the Region: 1/512 of it.
     pub fn arm(&mut self) -> Result<(), TrackerError> {
-        self.take(|_| {})?;
+        self.scan(|_| {})?;
         self.check_coverage()
     }
 
@@ -91,13 +130,21 @@ impl PagemapTracker {
     /// The granularity is the writer's: one write to a huge page is all of its pages. After an error
     /// everything has to be owed.
     pub fn harvest(&mut self, owed: &mut PageSet) -> Result<u64, TrackerError> {
+        let pages = self.take(owed)?;
+        // Behind the scan, so that it also covers what was unmapped while it ran.
+        self.check_coverage()?;
+        Ok(pages)
+    }
+
+    /// [`Self::harvest`] without its look for memory that is not mapped any more, which takes several
+    /// times as long as the rest. For a writer that is frozen, whose pages can be sent meanwhile: what
+    /// was found is not all there is before [`Self::check_coverage`] has said so too.
+    pub fn take(&mut self, owed: &mut PageSet) -> Result<u64, TrackerError> {
         let mut pages = 0;
-        self.take(|run| {
+        self.scan(|run| {
             owed.insert(run);
             pages += run.count;
         })?;
-        // Behind the scan, so that it also covers what was unmapped while it ran.
-        self.check_coverage()?;
         Ok(pages)
     }
 
@@ -111,7 +158,7 @@ impl PagemapTracker {
     }
 
     /// Calls `each` for every run that was written, and protects it.
-    fn take(&mut self, mut each: impl FnMut(PageRange)) -> Result<(), TrackerError> {
+    fn scan(&mut self, mut each: impl FnMut(PageRange)) -> Result<(), TrackerError> {
         let (start, pagemap) = (self.range.start, self.pagemap.as_fd());
         let scanned =
             pagemap::written_and_protect(pagemap, self.range, &mut self.runs, |from, to| {
@@ -179,3 +226,10 @@ fn link(fd: BorrowedFd<'_>) -> Result<String, TrackerError> {
     let path = path.map_err(TrackerError::failed("look at a descriptor"))?;
     Ok(path.display().to_string())
 }
+
+#[cfg(test)]
+#[path = "pagemap_process_tests.rs"]
+mod process_tests;
+#[cfg(test)]
+#[path = "pagemap_tests.rs"]
+mod tests;

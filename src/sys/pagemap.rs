@@ -173,3 +173,93 @@ fn scan(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::Arc;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    use nix::sys::mman::{ProtFlags, mprotect, munmap};
+
+    use super::*;
+    use crate::limits::PAGE_LEN;
+    use crate::region::{Access, Mapping};
+    use crate::sys::uffd::Uffd;
+
+    const PAGES: usize = 64;
+
+    fn tracked() -> (Arc<Mapping>, Uffd, AddressRange) {
+        let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len((PAGES * PAGE_LEN) as u64).unwrap();
+        let mapping = Mapping::new(&file, PAGES * PAGE_LEN, Access::Write).unwrap();
+        let uffd = Uffd::new().unwrap();
+        uffd.track(&mapping).unwrap();
+        let range = AddressRange {
+            start: mapping.address().unwrap().addr().get() as u64,
+            len: mapping.len() as u64,
+        };
+        (mapping, uffd, range)
+    }
+
+    #[test]
+    fn a_mapping_cut_in_pieces_is_covered_and_one_with_a_gap_is_not() {
+        let (mapping, _uffd, range) = tracked();
+        let pagemap = own().unwrap();
+        let page = |index| {
+            let base = mapping.address().unwrap().cast::<u8>();
+            // SAFETY: `index < PAGES`, the pages that the mapping has.
+            unsafe { base.add(index * PAGE_LEN) }.cast()
+        };
+        for index in (1..PAGES - 1).step_by(2) {
+            // SAFETY: the page is the mapping's, and nobody reads or writes it.
+            unsafe { mprotect(page(index), PAGE_LEN, ProtFlags::PROT_READ) }.unwrap();
+        }
+        assert!(covered(pagemap.as_fd(), range).unwrap());
+        // SAFETY: the page is the mapping's, and nobody reads or writes it. Whatever another thread
+        // maps there is left alone, because the mapping is never dropped.
+        unsafe { munmap(page(PAGES / 2), PAGE_LEN) }.unwrap();
+        std::mem::forget(Arc::clone(&mapping));
+        assert!(!covered(pagemap.as_fd(), range).unwrap());
+        // Up to the gap, and from behind it.
+        let half = AddressRange {
+            len: range.len / 2,
+            ..range
+        };
+        assert!(covered(pagemap.as_fd(), half).unwrap());
+        let rest = AddressRange {
+            start: half.end() + PAGE_LEN as u64,
+            len: range.len / 2 - PAGE_LEN as u64,
+        };
+        assert!(covered(pagemap.as_fd(), rest).unwrap());
+    }
+
+    #[test]
+    fn runs_are_reported_once_whatever_the_size_of_the_buffer() {
+        for slots in 1..5 {
+            let (mapping, _uffd, range) = tracked();
+            let pagemap = own().unwrap();
+            let mut buffer = vec![PageRegion::default(); slots];
+            let mut scan = || {
+                let mut pages = Vec::new();
+                written_and_protect(pagemap.as_fd(), range, &mut buffer, |start, end| {
+                    let page = |address| (address - range.start) / PAGE_LEN as u64;
+                    pages.extend(page(start)..page(end));
+                })
+                .unwrap();
+                pages
+            };
+            assert_eq!(
+                scan().len(),
+                PAGES,
+                "what is not there yet counts as written"
+            );
+            for page in [3, 4, 9, 11, 40, 63] {
+                let mut span = mapping.span_mut(page * PAGE_LEN, 1).unwrap();
+                span.fill_from(&[1]);
+            }
+            assert_eq!(scan(), [3, 4, 9, 11, 40, 63]);
+            assert!(scan().is_empty());
+        }
+    }
+}
