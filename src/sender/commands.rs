@@ -13,7 +13,7 @@ use crate::name::Name;
 use crate::wire::Hex128;
 
 use super::Sender;
-use super::registry::{self, Claim, Memory};
+use super::registry::{self, Claim, Source};
 use super::status::Attempt;
 use super::transfer::{Order, Transfer};
 
@@ -92,8 +92,8 @@ impl SenderCommands {
                     "Parameter 'path' expects an absolute path: the daemon has its own working directory",
                 ));
             }
-            (Some(path), None) => Memory::Path(path),
-            (None, Some(fdname)) => Memory::Descriptor(call.fds.take(fdname).ok_or_else(|| {
+            (Some(path), None) => Source::Path(path),
+            (None, Some(fdname)) => Source::Descriptor(call.fds.take(fdname).ok_or_else(|| {
                 CommandError::new(
                     code::NO_DESCRIPTOR,
                     format!("File descriptor named '{fdname}' has not been found"),

@@ -33,7 +33,7 @@ use crate::name::Name;
 use crate::notify::Notifier;
 use crate::wire::{BootId, Owner};
 
-use registry::{Claim, Memory, Registry};
+use registry::{Claim, Registry, Source};
 use status::{Attempt, Status};
 use transfer::{Order, Outcome, Transfer};
 
@@ -220,7 +220,7 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
         .take_up_undecided()
         .map_err(DaemonError::setup("read the journal"))?;
     for region in config.regions {
-        let (name, memory) = (region.name.clone(), Memory::Path(&region.path));
+        let (name, memory) = (region.name.clone(), Source::Path(&region.path));
         let added = sender
             .lock()
             .registry

@@ -1,7 +1,7 @@
 //! Regions the sender knows, and which attempt has them (rule 12).
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::config::{FreezeConfig, TrackerConfig};
 use crate::control::{CommandError, FdTable, code};
-use crate::dirty::{BitmapTracker, Exact, PagemapTracker};
+use crate::dirty::{BitmapTracker, Exact, Memory, PagemapTracker};
 use crate::freeze::{Freezer, Process};
 use crate::name::Name;
 use crate::pages::PageSet;
@@ -63,8 +63,13 @@ impl Tracking {
                 address,
             } => {
                 let (pagemap, uffd) = (take(pagemap_fdname)?, take(uffd_fdname)?);
-                PagemapTracker::new(pagemap, uffd, *address, region.bytes())
-                    .map(|tracker| Exact::Pagemap(tracker, PageSet::empty(region.pages())))
+                let tracker = PagemapTracker::new(pagemap, uffd, *address, region.bytes());
+                tracker.and_then(|tracker| {
+                    if tracker.check_memory(region.file().as_fd())? == Memory::NotVisible {
+                        tracing::warn!(region = %region.name(), "that the writer has this region mapped at its address cannot be seen from here, and is taken on trust");
+                    }
+                    Ok(Exact::Pagemap(tracker, PageSet::empty(region.pages())))
+                })
             }
             TrackerConfig::Bitmap { fdname } => {
                 BitmapTracker::new(take(fdname)?, region.pages()).map(Exact::Bitmap)
@@ -108,7 +113,7 @@ impl Registry {
     pub(super) fn add(
         &mut self,
         name: Name,
-        memory: Memory<'_>,
+        memory: Source<'_>,
         tracker: TrackerConfig,
         freeze: FreezeConfig,
         descriptors: Descriptors<'_>,
@@ -120,8 +125,8 @@ impl Registry {
             ));
         }
         let region = match memory {
-            Memory::Path(path) => Region::open(name.clone(), path),
-            Memory::Descriptor(fd) => Region::from_descriptor(name.clone(), fd),
+            Source::Path(path) => Region::open(name.clone(), path),
+            Source::Descriptor(fd) => Region::from_descriptor(name.clone(), fd),
         };
         let region = region.map_err(|error| CommandError::new(error.code(), error.to_string()))?;
         let tracking = Tracking::new(&tracker, &region, descriptors)?;
@@ -302,7 +307,7 @@ pub(super) fn busy(name: &Name, attempt: &Name) -> CommandError {
 
 /// Where a Region's memory is.
 #[derive(Debug)]
-pub(super) enum Memory<'a> {
+pub(super) enum Source<'a> {
     Path(&'a Path),
     Descriptor(OwnedFd),
 }
