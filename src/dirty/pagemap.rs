@@ -119,8 +119,9 @@ impl PagemapTracker {
     /// at this point. To be called before the first page is read.
     ///
     /// Holes are protected too, which costs the writer page tables for all of the Region: 1/512 of it.
+    /// A Region with large holes is better begun with [`Self::take_within`] on its data.
     pub fn arm(&mut self) -> Result<(), TrackerError> {
-        self.scan(|_| {})?;
+        self.scan(self.all(), |_| {})?;
         self.check_coverage()
     }
 
@@ -140,12 +141,40 @@ impl PagemapTracker {
     /// times as long as the rest. For a writer that is frozen, whose pages can be sent meanwhile: what
     /// was found is not all there is before [`Self::check_coverage`] has said so too.
     pub fn take(&mut self, owed: &mut PageSet) -> Result<u64, TrackerError> {
+        self.take_within(std::iter::once(self.all()), owed)
+    }
+
+    /// [`Self::take`], looking only at `ranges` of the Region: at its data, where it has large holes.
+    /// Looking at holes protects them, which costs the writer page tables and every later look its
+    /// time (measured: 16 GiB of holes 27 ms, and 82 ms for the coverage).
+    ///
+    /// Nothing is missed if `ranges` are all that the file had allocated at the time of the call, this
+    /// time and every time: a page that is a hole was not written, and one that was not looked at
+    /// before counts as written. With a writer on huge pages, ranges have to consist of those.
+    pub fn take_within(
+        &mut self,
+        ranges: impl IntoIterator<Item = PageRange>,
+        owed: &mut PageSet,
+    ) -> Result<u64, TrackerError> {
         let mut pages = 0;
-        self.scan(|run| {
-            owed.insert(run);
-            pages += run.count;
-        })?;
+        for range in ranges {
+            assert!(
+                self.all().contains(range),
+                "{range:?} is outside the region"
+            );
+            self.scan(range, |run| {
+                owed.insert(run);
+                pages += run.count;
+            })?;
+        }
         Ok(pages)
+    }
+
+    fn all(&self) -> PageRange {
+        PageRange {
+            first: 0,
+            count: self.range.len / PAGE_BYTES,
+        }
     }
 
     /// That the whole range is still tracked.
@@ -157,15 +186,22 @@ impl PagemapTracker {
         }
     }
 
-    /// Calls `each` for every run that was written, and protects it.
-    fn scan(&mut self, mut each: impl FnMut(PageRange)) -> Result<(), TrackerError> {
+    /// Calls `each` for every run inside `within` that was written, and protects it.
+    fn scan(
+        &mut self,
+        within: PageRange,
+        mut each: impl FnMut(PageRange),
+    ) -> Result<(), TrackerError> {
+        let range = AddressRange {
+            start: self.range.start + within.offset(),
+            len: within.count * PAGE_BYTES,
+        };
         let (start, pagemap) = (self.range.start, self.pagemap.as_fd());
-        let scanned =
-            pagemap::written_and_protect(pagemap, self.range, &mut self.runs, |from, to| {
-                if from < to {
-                    each(PageRange::covering(from - start, to - from));
-                }
-            });
+        let scanned = pagemap::written_and_protect(pagemap, range, &mut self.runs, |from, to| {
+            if from < to {
+                each(PageRange::covering(from - start, to - from));
+            }
+        });
         scanned.map_err(|error| self.explain(error))
     }
 

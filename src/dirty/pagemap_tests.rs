@@ -188,6 +188,30 @@ fn a_hole_that_is_written_after_it_was_punched_is_seen() {
 }
 
 #[test]
+fn data_that_appears_in_a_hole_nobody_looked_at_counts_as_written() {
+    let writer = Writer::new(4096);
+    let run = |first, count| PageRange { first, count };
+    (100..200).for_each(|page| writer.write(page));
+    let mut tracker = writer.tracker();
+    let mut take = |ranges: &[PageRange]| {
+        let mut owed = PageSet::empty(4096);
+        let pages = tracker.take_within(ranges.iter().copied(), &mut owed);
+        assert_eq!(pages.unwrap(), owed.count());
+        Vec::from_iter(owed.runs())
+    };
+    assert_eq!(take(&[run(100, 100)]), [run(100, 100)]);
+    assert!(take(&[run(100, 100)]).is_empty());
+    // One hole beside the data, one in a part of the page table that does not exist yet.
+    [150, 200, 3000]
+        .into_iter()
+        .for_each(|page| writer.write(page));
+    let data = [run(100, 101), run(3000, 1)];
+    assert_eq!(take(&data), [run(150, 1), run(200, 1), run(3000, 1)]);
+    assert!(take(&data).is_empty());
+    tracker.check_coverage().unwrap();
+}
+
+#[test]
 fn a_partial_last_page_belongs_to_the_region() {
     let memfd = memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap();
     let writer = Writer::of(memfd, 5 * PAGE_BYTES + 100);
