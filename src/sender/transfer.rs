@@ -62,6 +62,8 @@ pub(super) struct Transfer {
     nonce: Hex128,
     debt: Debt,
     iteration: u32,
+    /// Bytes that were left when the last Iteration began.
+    remaining_before: u64,
     /// Pages that the last Iteration found changed by reading them.
     changed_pages: u64,
     inspect_bytes_per_second: u64,
@@ -112,6 +114,7 @@ impl Transfer {
             attempt,
             parameters,
             iteration: 0,
+            remaining_before: u64::MAX,
             changed_pages: 0,
             inspect_bytes_per_second: 0,
             totals: Vec::new(),
@@ -259,6 +262,7 @@ impl Transfer {
         let state = State {
             iterations: self.iteration,
             remaining_bytes: self.remaining_bytes()?,
+            remaining_bytes_before: self.remaining_before,
             inspect_bytes,
             bytes_per_second: self.attempt.bytes_per_second(),
             inspect_bytes_per_second: self.inspect_bytes_per_second,
@@ -306,6 +310,9 @@ impl Transfer {
     /// released and everything that was sent is applied, on every stream. Gives how many pages the
     /// trackers say were written meanwhile.
     async fn iterate(&mut self) -> Result<u64, TransferError> {
+        if self.iteration > 0 {
+            self.remaining_before = self.remaining_bytes()?;
+        }
         self.iteration += 1;
         let started = Instant::now();
         let plan = self
