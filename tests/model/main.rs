@@ -17,17 +17,17 @@ mod turns;
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use memferry::assembly::Assembly;
 use memferry::channel::Patience;
-use memferry::dirty::Tracker;
+use memferry::dirty::{BitmapTracker, Exact, Tracker};
 use memferry::iteration::{Plan, Run};
 use memferry::limits::{PACKET_BYTES_MIN, PAGE_BYTES};
 use memferry::name::Name;
-use memferry::pages::{PageRange, PageSet};
+use memferry::pages::{PageRange, PageSet, pages_in};
 use memferry::region::{Access, Region};
 use memferry::stats::StreamStats;
 use memferry::stream::{
@@ -36,7 +36,7 @@ use memferry::stream::{
 };
 use memferry::sys::wake::Wake;
 use memferry::wire::StreamTotals;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use channel::{Faults, Loans, SenderEnd};
@@ -48,7 +48,9 @@ const RUNS_DEFAULT: u64 = 200;
 const ATTEMPTS_MAX: u32 = 100;
 
 fn memfd(bytes: u64) -> File {
-    let file = File::from(memfd_create("model", MFdFlags::MFD_CLOEXEC).unwrap());
+    let file = File::from(
+        memfd_create("model", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap(),
+    );
     file.set_len(bytes).unwrap();
     file
 }
@@ -61,6 +63,28 @@ fn punch(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let signed = |n: u64| i64::try_from(n).unwrap();
     Ok(fallocate(file, flags, signed(offset), signed(bytes))?)
+}
+
+/// A Region at the source: its bytes, and the bitmap in which its writer marks pages.
+struct Memory {
+    file: File,
+    marks: File,
+    marked: Arc<Mutex<Exact>>,
+}
+
+impl Memory {
+    fn new(bytes: u64) -> Self {
+        let pages = pages_in(bytes);
+        let marks = memfd(pages.div_ceil(64) * 8);
+        let seal = FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK);
+        fcntl(&marks, seal).unwrap();
+        let tracker = BitmapTracker::new(marks.try_clone().unwrap().into(), pages).unwrap();
+        Self {
+            file: memfd(bytes),
+            marks,
+            marked: Arc::new(Mutex::new(Exact::Bitmap(tracker))),
+        }
+    }
 }
 
 /// Where a Region arrives.
@@ -77,12 +101,22 @@ impl Destination for Arriving {
     }
 }
 
+/// Who writes, and how that is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tracking {
+    /// Nobody does.
+    None,
+    /// By reading. Needs checksums.
+    Scan,
+    /// The writer marks what it has written.
+    Bitmap,
+}
+
 /// What is drawn once for a run.
 #[derive(Debug)]
 struct Shape {
     streams: u16,
-    /// Something writes, and is found by scanning; else nothing does, and nothing is tracked.
-    live: bool,
+    tracking: Tracking,
     integrity: bool,
     zero_copy: ZeroCopyWish,
     packet_bytes: u64,
@@ -92,7 +126,11 @@ struct Shape {
 
 impl Shape {
     fn draw(random: &mut Random) -> Self {
-        let live = !random.one_in(5);
+        let tracking = match random.below(7) {
+            0 => Tracking::None,
+            1..5 => Tracking::Scan,
+            _ => Tracking::Bitmap,
+        };
         let zero_copy = match random.below(3) {
             0 => ZeroCopyWish::Auto,
             1 => ZeroCopyWish::Always(String::new()),
@@ -100,8 +138,8 @@ impl Shape {
         };
         Self {
             streams: 1 + u16::try_from(random.below(4)).unwrap(),
-            live,
-            integrity: live || random.one_in(2),
+            tracking,
+            integrity: tracking == Tracking::Scan || random.one_in(2),
             zero_copy,
             packet_bytes: PACKET_BYTES_MIN << random.below(3),
             window: PACKET_BYTES_MIN << random.below(4),
@@ -125,17 +163,18 @@ struct Attempt<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    fn new(shape: &'a Shape, turns: &Arc<Turns>, files: &[File], epoch: u32) -> Self {
-        let source = |(index, file): (usize, &File)| {
-            let fd = file.try_clone().unwrap().into();
+    fn new(shape: &'a Shape, turns: &Arc<Turns>, memory: &[Memory], epoch: u32) -> Self {
+        let source = |(index, memory): (usize, &Memory)| {
+            let fd = memory.file.try_clone().unwrap().into();
             let region = Region::from_descriptor(name(index), fd).unwrap();
-            let tracker = match shape.live {
-                true => Tracker::scan(&region).unwrap(),
-                false => Tracker::None,
+            let tracker = match shape.tracking {
+                Tracking::None => Tracker::None,
+                Tracking::Scan => Tracker::scan(&region).unwrap(),
+                Tracking::Bitmap => Tracker::Exact(Arc::clone(&memory.marked)),
             };
             (Arc::new(region), tracker)
         };
-        let sources: Arc<[_]> = files.iter().enumerate().map(source).collect();
+        let sources: Arc<[_]> = memory.iter().enumerate().map(source).collect();
         let arriving = |(region, _): &(Arc<Region>, Tracker)| {
             let file = memfd(region.bytes());
             let region = Region::new(region.name().clone(), String::new(), file, Access::Write);
@@ -202,16 +241,17 @@ impl<'a> Attempt<'a> {
 
     /// All of it: some passes while the writer writes, one while it is frozen, and the verdict.
     fn run(&mut self) -> Result<(), StreamError> {
-        let passes = if self.shape.live {
-            self.turns.set_writing(true);
-            self.turns.draw(|random| random.below(4))
-        } else {
-            0
-        };
-        for _ in 0..passes {
-            self.iterate()?;
+        for (region, tracker) in &*self.sources {
+            tracker.begin(region).unwrap();
         }
-        self.turns.set_writing(false);
+        if self.shape.tracking != Tracking::None {
+            self.turns.set_writing(true);
+            for _ in 0..self.turns.draw(|random| random.below(4)) {
+                self.iterate()?;
+            }
+            self.turns.set_writing(false);
+        }
+        self.harvest();
         self.iterate()?;
         let owed: u64 = self.owed.iter().map(PageSet::count).sum();
         assert_eq!(owed, 0, "nothing is torn while nothing writes");
@@ -225,7 +265,7 @@ impl<'a> Attempt<'a> {
     fn pass(&mut self, pass: Pass) -> Result<Vec<Report>, StreamError> {
         let mut runs: Vec<Run> = Vec::new();
         for ((index, (region, tracker)), owed) in (0..).zip(&*self.sources).zip(&self.owed) {
-            tracker.plan(index, region, owed, &mut runs)?;
+            tracker.plan(index, region, owed, self.iteration == 1, &mut runs)?;
         }
         let plan = Arc::new(Plan::new(self.iteration, self.shape.packet_bytes, runs));
         let turns = &self.turns;
@@ -260,7 +300,14 @@ impl<'a> Attempt<'a> {
             self.torn_pages += range.count;
         }
         assert_eq!(self.assembly.iterations(), self.iteration);
+        self.harvest();
         Ok(())
+    }
+
+    fn harvest(&mut self) {
+        for ((_, tracker), owed) in self.sources.iter().zip(&mut self.owed) {
+            tracker.harvest(owed).unwrap();
+        }
     }
 
     fn assert_identical(&self) {
@@ -303,16 +350,16 @@ fn run(seed: u64, met: &mut Met) {
     let _seed = Seed(seed);
     let mut random = Random::new(seed);
     let shape = Shape::draw(&mut random);
-    let files: Vec<File> = (0..1 + random.below(3))
+    let memory: Vec<Memory> = (0..1 + random.below(3))
         .map(|_| {
             let partial = random.below(2) * random.below(PAGE_BYTES);
-            memfd(random.below(80) * PAGE_BYTES + partial)
+            Memory::new(random.below(80) * PAGE_BYTES + partial)
         })
         .collect();
-    let turns = Arc::new(Turns::new(random, World::new(&files)));
+    let turns = Arc::new(Turns::new(random, World::new(&memory)));
     turns.scribble(200);
     for epoch in 0..ATTEMPTS_MAX {
-        let mut attempt = Attempt::new(&shape, &turns, &files, epoch);
+        let mut attempt = Attempt::new(&shape, &turns, &memory, epoch);
         let ended = attempt.run();
         met.torn_pages += attempt.torn_pages;
         match ended {
@@ -328,7 +375,10 @@ fn run(seed: u64, met: &mut Met) {
         for stream in attempt.streams {
             let _ = stream.abandon();
         }
-        if shape.live {
+        for (_, tracker) in &*attempt.sources {
+            tracker.restore();
+        }
+        if shape.tracking != Tracking::None {
             turns.scribble(5);
         }
     }

@@ -6,6 +6,8 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use memferry::limits::{PAGE_BYTES, PAGE_LEN};
 
+use super::Memory;
+
 /// splitmix64: every number follows from the seed.
 #[derive(Debug)]
 pub(crate) struct Random(u64);
@@ -42,26 +44,38 @@ impl Random {
     }
 }
 
+/// A Region as its writer has it.
+#[derive(Debug)]
+struct Written {
+    file: File,
+    bytes: u64,
+    marks: File,
+}
+
 /// The sources, and the writer that changes them.
 #[derive(Debug)]
 pub(crate) struct World {
-    files: Vec<(File, u64)>,
+    memory: Vec<Written>,
     writing: bool,
 }
 
 impl World {
-    pub(crate) fn new(files: &[File]) -> Self {
-        let file = |file: &File| (file.try_clone().unwrap(), file.metadata().unwrap().len());
+    pub(crate) fn new(memory: &[Memory]) -> Self {
+        let written = |memory: &Memory| Written {
+            bytes: memory.file.metadata().unwrap().len(),
+            file: memory.file.try_clone().unwrap(),
+            marks: memory.marks.try_clone().unwrap(),
+        };
         Self {
-            files: files.iter().map(file).collect(),
+            memory: memory.iter().map(written).collect(),
             writing: false,
         }
     }
 
     /// One write. There are few contents, so that a page often gets back what it held before.
     fn write(&self, random: &mut Random) {
-        let index = usize::try_from(random.below(self.files.len() as u64)).unwrap();
-        let (file, bytes) = &self.files[index];
+        let index = usize::try_from(random.below(self.memory.len() as u64)).unwrap();
+        let Written { file, bytes, marks } = &self.memory[index];
         if *bytes == 0 {
             return;
         }
@@ -69,7 +83,10 @@ impl World {
         let length = (bytes - offset).min(PAGE_BYTES);
         let mut page = [0; PAGE_LEN];
         let content = match random.below(6) {
-            0 => return super::punch(file, offset, length).unwrap(),
+            0 => {
+                super::punch(file, offset, length).unwrap();
+                return mark(marks, offset);
+            }
             1 => 0,
             2 | 3 => 0xa5,
             _ => 0x3c,
@@ -79,7 +96,20 @@ impl World {
         let from = if random.one_in(3) { length / 2 } else { 0 };
         let written = &page[..usize::try_from(length - from).unwrap()];
         file.write_all_at(written, offset + from).unwrap();
+        mark(marks, offset);
     }
+}
+
+/// Marks the page at `offset`, after it was written. Plain reading and writing will do: there is one
+/// thread at a time.
+fn mark(marks: &File, offset: u64) {
+    let page = offset / PAGE_BYTES;
+    // One bit a page, lowest first, in words of this machine's byte order.
+    let mut word = [0; 8];
+    let at = page / 64 * 8;
+    marks.read_exact_at(&mut word, at).unwrap();
+    let word = u64::from_ne_bytes(word) | 1 << (page % 64);
+    marks.write_all_at(&word.to_ne_bytes(), at).unwrap();
 }
 
 #[derive(Debug)]
