@@ -305,8 +305,8 @@ impl<'a> Attempt<'a> {
     }
 
     fn harvest(&mut self) {
-        for ((_, tracker), owed) in self.sources.iter().zip(&mut self.owed) {
-            tracker.harvest(owed).unwrap();
+        for ((region, tracker), owed) in self.sources.iter().zip(&mut self.owed) {
+            tracker.harvest(region, owed).unwrap();
         }
     }
 
