@@ -44,7 +44,14 @@ impl Half {
 
     /// Begins, with so much patience that nothing but a cancel ends a wait.
     fn begin(&mut self) {
-        let order = json!({"uri": self.fake.uri, "id": "r", "streams": 2, "stall-timeout": "1h"});
+        // One Iteration before the freeze, whatever the rates are: so the second one is the last.
+        let order = json!({
+            "uri": self.fake.uri,
+            "id": "r",
+            "streams": 2,
+            "stall-timeout": "1h",
+            "max-iterations": 1,
+        });
         self.sender.call("migrate", order);
     }
 
