@@ -56,8 +56,8 @@ impl Exit {
             // transfer, that transfer has failed, and otherwise nothing was begun.
             "region-open" | "region-kind" | "region-too-long" | "region-resized"
             | "region-read" | "freeze-refused" | "writer-gone" | "sender-failed"
-            | "region-exists" | "region-unknown" | "region-busy" | "page-size" | "no-regions"
-            | "id-in-use" | "no-such-transfer" | "too-late" | "bad-request"
+            | "region-exists" | "region-unknown" | "region-busy" | "region-moved" | "page-size"
+            | "no-regions" | "id-in-use" | "no-such-transfer" | "too-late" | "bad-request"
             | "command-not-found" | "no-descriptor" => Self::Other,
             _ => return None,
         })
