@@ -98,7 +98,7 @@ impl Journal {
 
     /// What tells this journal from any other on the same boot: a receiver that was given another
     /// directory knows nothing of what was committed here, and must not pretend to.
-    pub fn identity(&self) -> io::Result<Hex128> {
+    fn identity(&self) -> io::Result<Hex128> {
         let path = self.directory.join(IDENTITY);
         match fs::read_to_string(&path) {
             Ok(text) => Hex128::try_from(text).map_err(io::Error::other),
@@ -109,6 +109,12 @@ impl Journal {
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// What a question about a record here must name: the boot, and this journal.
+    pub fn boot_id(&self) -> io::Result<BootId> {
+        let BootId(boot) = boot_id()?;
+        Ok(BootId(format!("{boot}/{}", self.identity()?).into()))
     }
 
     /// How many records there are.

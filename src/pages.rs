@@ -138,6 +138,24 @@ impl PageSet {
         }
     }
 
+    /// Adds the pages `64 * index..` whose bits are set, lowest bit first, and returns how many those
+    /// are. Bits of pages that the Region does not have are left out.
+    pub fn insert_word(&mut self, index: usize, bits: u64) -> u64 {
+        let left = self.pages.saturating_sub(index as u64 * WORD_PAGES);
+        if left == 0 {
+            return 0;
+        }
+        let bits = bits & mask(0, left.min(WORD_PAGES));
+        self.words[index] |= bits;
+        u64::from(bits.count_ones())
+    }
+
+    /// One bit per page, lowest bit first; bits behind the last page are 0.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     /// Takes a range out.
     pub fn remove(&mut self, range: PageRange) {
         assert!(range.end() <= self.pages, "{range:?} is outside the set");
@@ -271,6 +289,15 @@ mod tests {
         assert!(PageRange::new(0, 11, 10).is_none());
         assert!(PageRange::new(u64::MAX, 2, 10).is_none());
         assert!(PageRange::new(3, 0, 10).is_none());
+    }
+
+    #[test]
+    fn a_word_adds_only_pages_that_exist() {
+        let mut set = PageSet::empty(70);
+        assert_eq!(set.insert_word(0, 0b101), 2);
+        assert_eq!(set.insert_word(1, u64::MAX), 6);
+        assert_eq!(set.insert_word(2, u64::MAX), 0);
+        assert_eq!((set.count(), set.words()), (8, &[0b101, 0b11_1111][..]));
     }
 
     #[test]

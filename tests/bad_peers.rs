@@ -383,7 +383,14 @@ fn an_inquiry_about_an_unknown_attempt_refuses_it_for_ever() {
         owner: Owner::Unknown,
     };
     assert_eq!(ask(other_boot), Some(unknown));
-    let boot_id = memferry::journal::boot_id().unwrap();
+    let rehearsal = memferry::wire::Offer {
+        dry_run: true,
+        ..offer.clone()
+    };
+    let (_, answer) = FakeSender::try_offer(&alone.uri, rehearsal);
+    let Some(FromReceiver::Accept { boot_id, .. }) = answer else {
+        panic!("{answer:?}");
+    };
     let source = FromReceiver::Owner {
         owner: Owner::Source,
     };

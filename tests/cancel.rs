@@ -367,6 +367,10 @@ struct Remains {
     hidden: PathBuf,
 }
 
+fn receivers_journal(stage: &Stage) -> Journal {
+    Journal::open(&runtime_directory(stage, "receiver")).unwrap()
+}
+
 impl Remains {
     fn new(sender_boot: Option<BootId>) -> Self {
         let stage = Stage::new();
@@ -379,7 +383,7 @@ impl Remains {
             id: "r".parse().unwrap(),
             uri: stage.peer_uri(),
             boot_id: sender_boot.unwrap_or_else(|| boot_id().unwrap()),
-            receiver_boot_id: boot_id().unwrap(),
+            receiver_boot_id: receivers_journal(&stage).boot_id().unwrap(),
             regions: vec!["r".parse().unwrap()],
             stopped: frozen.record(),
         };
@@ -400,8 +404,8 @@ impl Remains {
     /// The receiver's record, as it is before the first rename.
     fn commit(&self) {
         let moves = vec![(self.hidden.clone(), self.stage.arrived().join("r"))];
-        let boot_id = boot_id().unwrap();
-        let journal = Journal::open(&runtime_directory(&self.stage, "receiver")).unwrap();
+        let journal = receivers_journal(&self.stage);
+        let boot_id = journal.boot_id().unwrap();
         let record = Decision::Committed { boot_id, moves };
         journal.decide(self.nonce, record).unwrap();
     }

@@ -83,18 +83,8 @@ fn show(args: &DemoArgs, interrupts: Option<&Interrupts>) -> Result<Exit, DemoEr
     let sender = stage.start("sender", &stage.sender_config())?;
     let mut control = sender.connect(&stage)?;
     note(format_args!("filling {} and starting to write", args.size));
-    let writer = stage.start_writer(args)?;
-    let pid = writer.0.id();
-
-    control.execute(
-        "region-add",
-        json!({
-            "name": REGION,
-            "path": stage.source(),
-            "tracker": {"kind": "scan"},
-            "freeze": {"kind": "pid", "pid": pid},
-        }),
-    )?;
+    // It registers its memory with the sender by itself, to be tracked by the kernel and frozen.
+    let _writer = stage.start_writer(args)?;
     let order = json!({
         "uri": listening["listen"][0],
         "id": REGION,
@@ -244,6 +234,9 @@ impl<'a> Stage<'a> {
                 "--path",
             ])
             .arg(self.source())
+            .arg("--register")
+            .arg(self.path("sender.sock"))
+            .args(["--name", REGION])
             .stdout(Stdio::piped());
         let child = command.spawn().map_err(local("start the writer"))?;
         let mut writer = Process(child, WHO);

@@ -23,8 +23,9 @@ pub struct RegionConfig {
     pub freeze: FreezeConfig,
 }
 
-/// How written pages are found. As JSON `{"kind": "scan"}` or `"scan"`, in TOML the same two ways.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+/// How written pages are found. As JSON `{"kind": "scan"}` or `"scan"`, in TOML the same two ways; the
+/// kinds that need descriptors exist only over the control socket.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
 pub enum TrackerConfig {
     /// Nothing writes while it is moved.
@@ -32,6 +33,20 @@ pub enum TrackerConfig {
     None,
     /// A hash per page, compared in each Iteration.
     Scan,
+    /// The kernel's page tables, through the writer's own registered mapping.
+    Pagemap {
+        /// Descriptor of the writer's `/proc/self/pagemap`, as named by `getfd`.
+        pagemap_fdname: String,
+        /// Its userfaultfd, as named by `getfd`.
+        uffd_fdname: String,
+        /// Where the Region is mapped in the writer.
+        address: u64,
+    },
+    /// A bitmap that the writer shares.
+    Bitmap {
+        /// Descriptor of the bitmap's memory, as named by `getfd`.
+        fdname: String,
+    },
 }
 
 /// How the writer is stopped. As JSON `{"kind": "pid", "pid": 123}`, `{"kind": "none"}` or `"none"`,
@@ -87,6 +102,16 @@ pub enum KindError {
         /// The member.
         member: String,
     },
+    /// A kind that needs descriptors, where none can be passed.
+    #[error(
+        "tracker {kind:?} needs descriptors of the writer: it is registered over the control socket, with {members}"
+    )]
+    Descriptors {
+        /// The kind.
+        kind: &'static str,
+        /// What it takes.
+        members: &'static str,
+    },
     /// A process id that is missing or none.
     #[error(
         "freeze \"pid\" needs the process id, a number greater than 0: write pid=1234 or {{kind = \"pid\", pid = 1234}}"
@@ -94,8 +119,7 @@ pub enum KindError {
     Pid,
 }
 
-const TRACKERS_SERVED: &str = "\"none\" and \"scan\"";
-const TRACKERS_LATER: &[&str] = &["pagemap", "bitmap"];
+const TRACKERS_SERVED: &str = "\"none\", \"scan\", \"pagemap\" and \"bitmap\"";
 const FREEZES_SERVED: &str = "\"none\" and \"pid=1234\"";
 const FREEZES_LATER: &[&str] = &["client", "cgroup", "command"];
 
@@ -113,6 +137,11 @@ fn kind(
         },
         _ => Err(KindError::Shape { what, served }),
     }
+}
+
+/// Takes a text out of the members.
+fn text(members: &mut Map<String, Value>, name: &str) -> Option<String> {
+    members.remove(name)?.as_str().map(str::to_owned)
 }
 
 fn no_more(
@@ -153,11 +182,40 @@ impl TryFrom<Value> for TrackerConfig {
     type Error = KindError;
 
     fn try_from(value: Value) -> Result<Self, KindError> {
-        let (kind, members) = kind(value, "tracker", TRACKERS_SERVED)?;
+        let (kind, mut members) = kind(value, "tracker", TRACKERS_SERVED)?;
         match kind.as_str() {
             "none" => no_more(&members, "tracker", "none").map(|()| Self::None),
             "scan" => no_more(&members, "tracker", "scan").map(|()| Self::Scan),
-            other => Err(refused("tracker", other, TRACKERS_LATER, TRACKERS_SERVED)),
+            "pagemap" => {
+                let lacking = KindError::Descriptors {
+                    kind: "pagemap",
+                    members: "pagemap-fdname, uffd-fdname and address",
+                };
+                let pagemap_fdname = text(&mut members, "pagemap-fdname");
+                let uffd_fdname = text(&mut members, "uffd-fdname");
+                let address = members
+                    .remove("address")
+                    .and_then(|address| address.as_u64());
+                no_more(&members, "tracker", "pagemap")?;
+                match (pagemap_fdname, uffd_fdname, address) {
+                    (Some(pagemap_fdname), Some(uffd_fdname), Some(address)) => Ok(Self::Pagemap {
+                        pagemap_fdname,
+                        uffd_fdname,
+                        address,
+                    }),
+                    _ => Err(lacking),
+                }
+            }
+            "bitmap" => {
+                let fdname = text(&mut members, "fdname");
+                no_more(&members, "tracker", "bitmap")?;
+                let lacking = KindError::Descriptors {
+                    kind: "bitmap",
+                    members: "fdname",
+                };
+                fdname.map(|fdname| Self::Bitmap { fdname }).ok_or(lacking)
+            }
+            other => Err(refused("tracker", other, &[], TRACKERS_SERVED)),
         }
     }
 }
@@ -188,7 +246,20 @@ impl TryFrom<Value> for FreezeConfig {
 
 impl From<TrackerConfig> for Value {
     fn from(tracker: TrackerConfig) -> Self {
-        json!({ "kind": tracker.to_string() })
+        match tracker {
+            TrackerConfig::Pagemap {
+                pagemap_fdname,
+                uffd_fdname,
+                address,
+            } => json!({
+                "kind": "pagemap",
+                "pagemap-fdname": pagemap_fdname,
+                "uffd-fdname": uffd_fdname,
+                "address": address,
+            }),
+            TrackerConfig::Bitmap { fdname } => json!({"kind": "bitmap", "fdname": fdname}),
+            simple => json!({ "kind": simple.to_string() }),
+        }
     }
 }
 
@@ -220,6 +291,8 @@ impl fmt::Display for TrackerConfig {
         f.write_str(match self {
             Self::None => "none",
             Self::Scan => "scan",
+            Self::Pagemap { .. } => "pagemap",
+            Self::Bitmap { .. } => "bitmap",
         })
     }
 }
@@ -300,16 +373,24 @@ mod tests {
             assert_eq!(Value::from(freeze).try_into(), Ok(freeze));
         }
         for tracker in [TrackerConfig::None, TrackerConfig::Scan] {
-            assert_eq!(tracker.to_string().parse(), Ok(tracker));
-            assert_eq!(Value::from(tracker).try_into(), Ok(tracker));
+            assert_eq!(tracker.to_string().parse(), Ok(tracker.clone()));
+            assert_eq!(Value::from(tracker.clone()).try_into(), Ok(tracker));
         }
+        let pagemap =
+            json!({"kind": "pagemap", "pagemap-fdname": "p", "uffd-fdname": "u", "address": 4096});
+        assert_eq!(Value::from(tracker(pagemap.clone()).unwrap()), pagemap);
+        let bitmap = json!({"kind": "bitmap", "fdname": "b"});
+        assert_eq!(Value::from(tracker(bitmap.clone()).unwrap()), bitmap);
     }
 
     #[test]
     fn what_this_version_does_not_serve_is_named() {
-        for kind in TRACKERS_LATER {
-            let text = tracker(json!({"kind": kind, "fdname": "x"})).unwrap_err();
-            assert!(text.contains(kind) && text.contains("\"scan\""), "{text}");
+        for kind in ["pagemap", "bitmap"] {
+            let text = tracker(json!(kind)).unwrap_err();
+            assert!(
+                text.contains(kind) && text.contains("control socket"),
+                "{text}"
+            );
         }
         for kind in FREEZES_LATER {
             let text = freeze(json!({"kind": kind})).unwrap_err();

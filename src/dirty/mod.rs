@@ -3,13 +3,112 @@
 //! A tracker only names pages. What was harvested is a debt of the attempt (rule 3), and whether a
 //! page arrived is for the receiver to say. The set of trackers is closed, so it is an enum.
 
+mod bitmap;
+mod error;
 mod fingerprints;
+mod maps;
+mod pagemap;
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use bitmap::BitmapTracker;
+pub use error::TrackerError;
 pub use fingerprints::{Change, Fingerprints};
+pub use pagemap::{Memory, PagemapTracker};
 
 use crate::iteration::{Look, Run};
+use crate::limits::PAGE_BYTES;
 use crate::pages::{PageRange, PageSet};
 use crate::region::{Region, RegionError};
+
+/// A tracker that knows what was written without reading it. It lives as long as the writer's
+/// registration; attempts come and go.
+#[derive(Debug)]
+pub enum Exact {
+    /// The kernel's page tables, through the writer's registered mapping; and the pages that are known
+    /// to be allocated, since a hole that is punched leaves no trace in page tables.
+    Pagemap(PagemapTracker, PageSet),
+    /// A bitmap that the writer shares.
+    Bitmap(BitmapTracker),
+}
+
+impl Exact {
+    /// A new attempt begins, which owes everything: what was written before is of no interest.
+    fn begin(&mut self, region: &Region) -> Result<(), TrackerError> {
+        match self {
+            Self::Pagemap(pagemap, allocated) => {
+                pagemap.arm()?;
+                // Behind the arming: what is allocated from here on is a write that is reported.
+                *allocated = PageSet::empty(region.pages());
+                let all = PageRange {
+                    first: 0,
+                    count: region.pages(),
+                };
+                Extents::of(region).each_part(all, |part, hole| {
+                    if !hole {
+                        allocated.insert(part);
+                    }
+                })?;
+                Ok(())
+            }
+            Self::Bitmap(bitmap) => {
+                bitmap.begin();
+                Ok(())
+            }
+        }
+    }
+
+    /// Adds to `owed` what was written since the last time, and gives how many pages that were.
+    fn harvest(&mut self, owed: &mut PageSet) -> Result<u64, TrackerError> {
+        match self {
+            Self::Pagemap(pagemap, allocated) => {
+                let pages = pagemap.harvest(owed)?;
+                // What was written is allocated; and so is what arrived torn.
+                allocated.union(owed);
+                Ok(pages)
+            }
+            Self::Bitmap(bitmap) => Ok(bitmap.harvest(owed)),
+        }
+    }
+
+    /// The writer stands still: adds to `owed` what changed without a trace, as far as it can be seen.
+    ///
+    /// A punched hole is found by counting: walking a Region's extents costs milliseconds per GiB, the
+    /// number of allocated blocks nothing. Only if that is not what it must be the walk is made.
+    fn look_again(&self, region: &Region, owed: &mut PageSet) -> Result<(), TrackerError> {
+        let Self::Pagemap(_, allocated) = self else {
+            return Ok(());
+        };
+        if region.allocated_bytes()? == allocated.count() * PAGE_BYTES {
+            return Ok(());
+        }
+        let all = PageRange {
+            first: 0,
+            count: region.pages(),
+        };
+        Extents::of(region).each_part(all, |part, hole| {
+            for page in part.first..part.end() {
+                if allocated.contains(page) == hole {
+                    owed.insert(PageRange {
+                        first: page,
+                        count: 1,
+                    });
+                }
+            }
+        })?;
+        Ok(())
+    }
+
+    /// The attempt has failed: what was harvested for it is dirty again (rule 3).
+    fn restore(&mut self) {
+        match self {
+            // The page tables belong to the writer's registration, which only we read; and the next
+            // attempt, of another nonce, owes everything.
+            Self::Pagemap(..) => {}
+            Self::Bitmap(bitmap) => bitmap.restore(),
+        }
+    }
+}
 
 /// How a Region's writes are found.
 #[derive(Debug)]
@@ -18,6 +117,8 @@ pub enum Tracker {
     None,
     /// Everything is read on every pass, and what has another fingerprint than last time is sent.
     Scan(Fingerprints),
+    /// Whoever knows is asked.
+    Exact(Arc<Mutex<Exact>>),
 }
 
 impl Tracker {
@@ -29,7 +130,7 @@ impl Tracker {
     /// Bytes that a pass over `region` reads only to find out whether they changed.
     pub fn inspect_bytes(&self, region: &Region) -> Result<u64, RegionError> {
         match self {
-            Self::None => Ok(0),
+            Self::None | Self::Exact(_) => Ok(0),
             Self::Scan(_) => region.allocated_bytes(),
         }
     }
@@ -38,20 +139,56 @@ impl Tracker {
     #[must_use]
     pub fn fingerprints(&self) -> Option<&Fingerprints> {
         match self {
-            Self::None => None,
+            Self::None | Self::Exact(_) => None,
             Self::Scan(fingerprints) => Some(fingerprints),
         }
     }
 
+    /// An attempt begins, which owes every page. To be called before the first page is read.
+    pub fn begin(&self, region: &Region) -> Result<(), TrackerError> {
+        self.exact().map_or(Ok(()), |mut exact| exact.begin(region))
+    }
+
+    /// Adds to `owed` what was written since the last time, and gives how many pages that were. What
+    /// is found by reading is not known before it is read.
+    pub fn harvest(&self, owed: &mut PageSet) -> Result<u64, TrackerError> {
+        self.exact().map_or(Ok(0), |mut exact| exact.harvest(owed))
+    }
+
+    /// The writer stands still: adds to `owed` what the tracker is blind to and what can be seen now,
+    /// such as punched holes.
+    pub fn look_again(&self, region: &Region, owed: &mut PageSet) -> Result<(), TrackerError> {
+        self.exact()
+            .map_or(Ok(()), |exact| exact.look_again(region, owed))
+    }
+
+    /// The attempt has failed: what was harvested for it is dirty again (rule 3).
+    pub fn restore(&self) {
+        if let Some(mut exact) = self.exact() {
+            exact.restore();
+        }
+    }
+
+    fn exact(&self) -> Option<MutexGuard<'_, Exact>> {
+        match self {
+            Self::None | Self::Scan(_) => None,
+            // A panic while it was held is a bug that was reported; the trackers keep no state that
+            // could be half changed.
+            Self::Exact(exact) => Some(exact.lock().unwrap_or_else(PoisonError::into_inner)),
+        }
+    }
+
     /// Appends to `runs` what an Iteration has to look at: what is `owed`, and what may have been
-    /// written since. Touches no page.
+    /// written since. In the `first` one everything is owed, holes included. Touches no page.
     pub fn plan(
         &self,
         index: u32,
         region: &Region,
         owed: &PageSet,
+        first: bool,
         runs: &mut Vec<Run>,
     ) -> Result<(), RegionError> {
+        let mut extents = Extents::of(region);
         let mut push = |range, look| {
             runs.push(Run {
                 region: index,
@@ -60,16 +197,21 @@ impl Tracker {
             })
         };
         match self {
-            Self::None => {
+            // What is owed later was written, or arrived torn: it is data, and a page that was
+            // punched out meanwhile reads as zeros.
+            Self::None | Self::Exact(_) if !first => {
+                owed.runs().for_each(|range| push(range, Look::Owed))
+            }
+            Self::None | Self::Exact(_) => {
                 for range in owed.runs() {
-                    each_part(region, range, |part, hole| {
-                        push(part, if hole { Look::Hole } else { Look::Owed })
+                    extents.each_part(range, |part, hole| {
+                        push(part, if hole { Look::Hole } else { Look::Owed });
                     })?;
                 }
             }
             Self::Scan(fingerprints) => {
                 for (range, owed) in stretches(owed) {
-                    each_part(region, range, |part, hole| match (owed, hole) {
+                    extents.each_part(range, |part, hole| match (owed, hole) {
                         (true, true) => push(part, Look::Hole),
                         (true, false) => push(part, Look::Owed),
                         // Data that was punched out since the receiver got it.
@@ -106,36 +248,62 @@ fn stretches(set: &PageSet) -> impl Iterator<Item = (PageRange, bool)> + '_ {
     })
 }
 
-/// Calls `each` for the allocated parts (`false`) and the holes (`true`) of `range`, in order.
-fn each_part(
-    region: &Region,
-    range: PageRange,
-    mut each: impl FnMut(PageRange, bool),
-) -> Result<(), RegionError> {
-    let mut from = range.first;
-    while from < range.end() {
-        let rest = PageRange {
-            first: from,
-            count: range.end() - from,
-        };
-        let data = region.next_data(rest)?;
-        let hole_end = data.map_or_else(|| range.end(), |data| data.first);
-        if from < hole_end {
+/// Tells data from holes along a Region, front to back.
+///
+/// The kernel finds the end of an extent by walking its pages. What was found is remembered, so that
+/// any number of ranges inside one extent cost one walk.
+#[derive(Debug)]
+struct Extents<'a> {
+    region: &'a Region,
+    /// The data extent found last; empty at the end of the Region if there is none any more.
+    data: PageRange,
+}
+
+impl<'a> Extents<'a> {
+    fn of(region: &'a Region) -> Self {
+        let data = PageRange { first: 0, count: 0 };
+        Self { region, data }
+    }
+
+    /// Calls `each` for the allocated parts (`false`) and the holes (`true`) of `range`, in order.
+    /// Ranges come in ascending order.
+    fn each_part(
+        &mut self,
+        range: PageRange,
+        mut each: impl FnMut(PageRange, bool),
+    ) -> Result<(), RegionError> {
+        let mut from = range.first;
+        while from < range.end() {
+            if from >= self.data.end() {
+                let pages = self.region.pages();
+                let rest = PageRange {
+                    first: from,
+                    count: pages - from,
+                };
+                let none = PageRange {
+                    first: pages,
+                    count: 0,
+                };
+                self.data = self.region.next_data(rest)?.unwrap_or(none);
+            }
+            let hole = from < self.data.first;
+            let until = if hole {
+                self.data.first
+            } else {
+                self.data.end()
+            }
+            .min(range.end());
             each(
                 PageRange {
                     first: from,
-                    count: hole_end - from,
+                    count: until - from,
                 },
-                true,
+                hole,
             );
+            from = until;
         }
-        from = hole_end;
-        if let Some(data) = data {
-            each(data, false);
-            from = data.end();
-        }
+        Ok(())
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -160,7 +328,9 @@ mod tests {
 
     fn planned(tracker: &Tracker, region: &Region, owed: &PageSet) -> Vec<(u64, u64, Look)> {
         let mut runs = Vec::new();
-        tracker.plan(0, region, owed, &mut runs).unwrap();
+        tracker
+            .plan(0, region, owed, owed.count() == owed.pages(), &mut runs)
+            .unwrap();
         runs.iter()
             .map(|r| (r.range.first, r.range.count, r.look))
             .collect()

@@ -10,12 +10,11 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-use crate::assembly::{Assembly, Violation};
+use crate::assembly::Assembly;
 use crate::channel::{Patience, SocketChannel};
 use crate::journal::Decision;
 use crate::name::Name;
 use crate::peer::{self, Connection, Conversation, PeerError};
-use crate::region::RegionError;
 use crate::stats::Counter;
 use crate::stream::{IncomingSetup, IncomingStream, StreamError};
 use crate::sys::wake::Wake;
@@ -25,6 +24,7 @@ use super::Receiver;
 use super::accept::GREETING;
 use super::admission::{self, Refusal};
 use super::destination::{self, DestinationFile, Hidden};
+use super::error::AttemptError;
 
 /// Bounds on what a sender may ask for as stall timeout.
 const PATIENCE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3600));
@@ -34,64 +34,6 @@ const REASON_WAIT: Duration = Duration::from_millis(500);
 
 type Talk = Conversation<FromReceiver, FromSender>;
 type StreamEnd = (u16, Result<(), StreamError>);
-
-/// Why an attempt ended without a commit.
-#[derive(Debug, thiserror::Error)]
-enum AttemptError {
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    #[error("the sender ended the transfer: {desc}")]
-    Aborted { code: String, desc: String },
-    #[error(transparent)]
-    Peer(#[from] PeerError),
-    #[error(transparent)]
-    Stream(#[from] StreamError),
-    #[error(transparent)]
-    Incomplete(#[from] Violation),
-    #[error(transparent)]
-    Region(#[from] RegionError),
-    #[error("stream {0} ended before the transfer did")]
-    StreamEnded(u16),
-    #[error("{arrived} of {streams} streams arrived within {seconds} s (stall-timeout)")]
-    StreamsMissing {
-        arrived: usize,
-        streams: u16,
-        seconds: f32,
-    },
-    #[error("the peer said {0} where the protocol has no place for it")]
-    OutOfPlace(String),
-    #[error("cannot {doing}: {source}")]
-    Local {
-        doing: &'static str,
-        source: io::Error,
-    },
-}
-
-impl AttemptError {
-    fn code(&self) -> &str {
-        match self {
-            Self::Refused(refusal) => refusal.code,
-            Self::Aborted { code, .. } => code,
-            Self::Peer(error) => error.code(),
-            Self::Stream(error) => error.code(),
-            Self::Incomplete(_) => "incomplete",
-            Self::Region(error) => error.code(),
-            Self::StreamEnded(_) => "connection-lost",
-            Self::StreamsMissing { .. } => "stalled",
-            Self::OutOfPlace(_) => "protocol",
-            Self::Local { .. } => "receiver-failed",
-        }
-    }
-
-    fn local(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Local { doing, source }
-    }
-
-    fn out_of_place(message: &FromSender) -> Self {
-        let text = serde_json::to_value(message).unwrap_or_default();
-        Self::OutOfPlace(text["type"].to_string())
-    }
-}
 
 /// What the rest of the receiver sees of an attempt under way.
 #[derive(Debug)]

@@ -11,6 +11,7 @@ mod admission;
 mod attempt;
 mod commands;
 mod destination;
+mod error;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{ReceiveConfig, ReceiverConfig, load_receiver};
 use crate::control::{EventBus, Server};
 use crate::daemon::{self, DaemonError};
-use crate::journal::{self, Decision, Journal};
+use crate::journal::{Decision, Journal};
 use crate::limits::{ATTEMPTS_REMEMBERED_MAX, RECORDS_MAX};
 use crate::name::Name;
 use crate::notify::Notifier;
@@ -122,12 +123,6 @@ impl Receiver {
     }
 }
 
-/// What inquiries must name: the boot, and the journal that would know.
-fn boot_id(journal: &Journal) -> std::io::Result<BootId> {
-    let BootId(boot) = journal::boot_id()?;
-    Ok(BootId(format!("{boot}/{}", journal.identity()?).into()))
-}
-
 /// Runs the receiver daemon until SIGTERM, SIGINT or `quit`.
 pub fn run(path: &Path) -> Result<(), DaemonError> {
     let (config, warnings) = load_receiver(path)?;
@@ -148,7 +143,7 @@ async fn serve(config: ReceiverConfig) -> Result<(), DaemonError> {
         runtime.display()
     )))?;
     let receiver = Arc::new(Receiver {
-        boot_id: boot_id(&journal).map_err(DaemonError::setup(
+        boot_id: journal.boot_id().map_err(DaemonError::setup(
             "read the boot id and the journal's identity",
         ))?,
         config: config.receive,

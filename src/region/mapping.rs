@@ -11,6 +11,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -106,6 +107,24 @@ impl Mapping {
             len,
             slice: PhantomData,
         })
+    }
+}
+
+impl Mapping {
+    /// The whole words of 8 bytes, for memory that several processes use as words; none if the mapping
+    /// is only for reading.
+    ///
+    /// Reading a word of a file that has become shorter is a SIGBUS, so this is for files that are
+    /// sealed against it.
+    #[must_use]
+    pub fn words(&self) -> &[AtomicU64] {
+        if self.access != Access::Write || self.len == 0 {
+            return &[];
+        }
+        // SAFETY: `new` mapped `len` bytes at a page boundary, readable and writable, and they stay
+        // mapped while `self` is borrowed. Every bit pattern is a valid `AtomicU64`, and atomics may be
+        // changed by others, another process included, while a shared reference exists.
+        unsafe { std::slice::from_raw_parts(self.base.cast().as_ptr(), self.len / 8) }
     }
 }
 
@@ -269,6 +288,18 @@ mod tests {
     fn a_source_gives_no_writable_span() {
         assert!(mapping(4096, Access::Read).span_mut(0, 1).is_none());
         assert!(mapping(4096, Access::Write).span_mut(0, 1).is_some());
+    }
+
+    #[test]
+    fn words_are_whole_and_shared() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let one = Mapping::new(&file, 4095, Access::Write).unwrap();
+        let two = Mapping::new(&file, 4096, Access::Write).unwrap();
+        assert_eq!(one.words().len(), 511);
+        one.words()[3].store(7, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(two.words()[3].load(std::sync::atomic::Ordering::Relaxed), 7);
+        assert!(mapping(4096, Access::Read).words().is_empty());
     }
 
     #[test]

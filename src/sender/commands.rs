@@ -13,7 +13,7 @@ use crate::name::Name;
 use crate::wire::Hex128;
 
 use super::Sender;
-use super::registry::{self, Claim, Memory};
+use super::registry::{self, Claim, Source};
 use super::status::Attempt;
 use super::transfer::{Order, Transfer};
 
@@ -92,8 +92,8 @@ impl SenderCommands {
                     "Parameter 'path' expects an absolute path: the daemon has its own working directory",
                 ));
             }
-            (Some(path), None) => Memory::Path(path),
-            (None, Some(fdname)) => Memory::Descriptor(call.fds.take(fdname).ok_or_else(|| {
+            (Some(path), None) => Source::Path(path),
+            (None, Some(fdname)) => Source::Descriptor(call.fds.take(fdname).ok_or_else(|| {
                 CommandError::new(
                     code::NO_DESCRIPTOR,
                     format!("File descriptor named '{fdname}' has not been found"),
@@ -102,9 +102,13 @@ impl SenderCommands {
             _ => return Err(invalid("region-add takes either 'path' or 'fdname'")),
         };
         let mut state = self.sender.lock();
-        state
-            .registry
-            .add(add.name.clone(), memory, add.tracker, add.freeze)?;
+        state.registry.add(
+            add.name.clone(),
+            memory,
+            add.tracker,
+            add.freeze,
+            Some(&call.fds),
+        )?;
         if let Err(error) = state.registry.check_page_size(&add.name, add.page_size) {
             state.registry.remove(&add.name)?;
             return Err(error);
@@ -147,7 +151,7 @@ impl SenderCommands {
                     format!("There is a transfer with id '{id}' under way"),
                 ));
             }
-            let names = migrate.regions.unwrap_or_else(|| state.registry.movable());
+            let names = migrate.regions.unwrap_or_else(|| state.registry.names());
             if names.is_empty() {
                 return Err(CommandError::new(
                     "no-regions",

@@ -4,6 +4,7 @@ use std::io;
 
 use serde_json::{Value, json};
 
+use crate::dirty::TrackerError;
 use crate::freeze::FreezeError;
 use crate::name::Name;
 use crate::peer::PeerError;
@@ -23,6 +24,8 @@ pub(super) enum TransferError {
     Stream(#[from] StreamError),
     #[error(transparent)]
     Region(#[from] RegionError),
+    #[error(transparent)]
+    Tracker(#[from] TrackerError),
     #[error(transparent)]
     Freeze(#[from] FreezeError),
     #[error("not finished within the timeout of {seconds} s")]
@@ -67,6 +70,7 @@ impl TransferError {
             Self::Peer(error) => error.code(),
             Self::Stream(error) => error.code(),
             Self::Region(error) => error.code(),
+            Self::Tracker(error) => error.code(),
             Self::Freeze(error) => error.code(),
             Self::TimedOut { .. } => "timeout",
             Self::NotPrepared { .. } => "stalled",

@@ -8,6 +8,7 @@
 
 mod commands;
 mod crew;
+mod debt;
 mod error;
 mod registry;
 mod resolve;
@@ -32,7 +33,7 @@ use crate::name::Name;
 use crate::notify::Notifier;
 use crate::wire::{BootId, Owner};
 
-use registry::{Claim, Memory, Registry};
+use registry::{Claim, Registry, Source};
 use status::{Attempt, Status};
 use transfer::{Order, Outcome, Transfer};
 
@@ -219,11 +220,11 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
         .take_up_undecided()
         .map_err(DaemonError::setup("read the journal"))?;
     for region in config.regions {
-        let (name, memory) = (region.name.clone(), Memory::Path(&region.path));
+        let (name, memory) = (region.name.clone(), Source::Path(&region.path));
         let added = sender
             .lock()
             .registry
-            .add(name, memory, region.tracker, region.freeze);
+            .add(name, memory, region.tracker, region.freeze, None);
         // A Region that is not there yet must not keep the others from being served.
         if let Err(CommandError { desc, .. }) = added {
             tracing::warn!(region = %region.name, "not added: {desc}");

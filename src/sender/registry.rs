@@ -1,27 +1,87 @@
 //! Regions the sender knows, and which attempt has them (rule 12).
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
 use crate::config::{FreezeConfig, TrackerConfig};
-use crate::control::CommandError;
+use crate::control::{CommandError, FdTable, code};
+use crate::dirty::{BitmapTracker, Exact, Memory, PagemapTracker};
 use crate::freeze::{Freezer, Process};
 use crate::name::Name;
+use crate::pages::PageSet;
 use crate::region::Region;
 
 /// A Region as it was added.
 #[derive(Debug, Clone)]
 pub(super) struct Registered {
     pub(super) region: Arc<Region>,
-    pub(super) tracker: TrackerConfig,
+    pub(super) tracking: Tracking,
+    /// As it was asked for, to be shown.
+    tracker: TrackerConfig,
     pub(super) freeze: FreezeConfig,
     pub(super) freezer: Freezer,
     hold: Hold,
 }
+
+/// How writes are found. What knows by itself lives as long as the Region is registered; what has to
+/// read everything is made anew for each attempt.
+#[derive(Debug, Clone)]
+pub(super) enum Tracking {
+    /// Nothing writes.
+    None,
+    /// By reading.
+    Scan,
+    /// By asking the kernel or the writer.
+    Exact(Arc<Mutex<Exact>>),
+}
+
+impl Tracking {
+    fn new(
+        tracker: &TrackerConfig,
+        region: &Region,
+        descriptors: Descriptors<'_>,
+    ) -> Result<Self, CommandError> {
+        let take = |name: &str| {
+            let missing = || {
+                let text = format!("File descriptor named '{name}' has not been found");
+                CommandError::new(code::NO_DESCRIPTOR, text)
+            };
+            descriptors
+                .and_then(|fds| fds.take(name))
+                .ok_or_else(missing)
+        };
+        let exact = match tracker {
+            TrackerConfig::None => return Ok(Self::None),
+            TrackerConfig::Scan => return Ok(Self::Scan),
+            TrackerConfig::Pagemap {
+                pagemap_fdname,
+                uffd_fdname,
+                address,
+            } => {
+                let (pagemap, uffd) = (take(pagemap_fdname)?, take(uffd_fdname)?);
+                let tracker = PagemapTracker::new(pagemap, uffd, *address, region.bytes());
+                tracker.and_then(|tracker| {
+                    if tracker.check_memory(region.file().as_fd())? == Memory::NotVisible {
+                        tracing::warn!(region = %region.name(), "that the writer has this region mapped at its address cannot be seen from here, and is taken on trust");
+                    }
+                    Ok(Exact::Pagemap(tracker, PageSet::empty(region.pages())))
+                })
+            }
+            TrackerConfig::Bitmap { fdname } => {
+                BitmapTracker::new(take(fdname)?, region.pages()).map(Exact::Bitmap)
+            }
+        };
+        let exact = exact.map_err(|error| CommandError::new(error.code(), error.to_string()))?;
+        Ok(Self::Exact(Arc::new(Mutex::new(exact))))
+    }
+}
+
+/// Where descriptors come from: a control connection, or nowhere for the configuration's Regions.
+pub(super) type Descriptors<'a> = Option<&'a FdTable>;
 
 /// Who may move a Region.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,9 +113,10 @@ impl Registry {
     pub(super) fn add(
         &mut self,
         name: Name,
-        memory: Memory<'_>,
+        memory: Source<'_>,
         tracker: TrackerConfig,
         freeze: FreezeConfig,
+        descriptors: Descriptors<'_>,
     ) -> Result<(), CommandError> {
         if self.regions.contains_key(&name) {
             return Err(CommandError::new(
@@ -64,10 +125,11 @@ impl Registry {
             ));
         }
         let region = match memory {
-            Memory::Path(path) => Region::open(name.clone(), path),
-            Memory::Descriptor(fd) => Region::from_descriptor(name.clone(), fd),
+            Source::Path(path) => Region::open(name.clone(), path),
+            Source::Descriptor(fd) => Region::from_descriptor(name.clone(), fd),
         };
         let region = region.map_err(|error| CommandError::new(error.code(), error.to_string()))?;
+        let tracking = Tracking::new(&tracker, &region, descriptors)?;
         let freezer = match freeze {
             FreezeConfig::None => Freezer::None,
             FreezeConfig::Pid(pid) => {
@@ -78,6 +140,7 @@ impl Registry {
         };
         let registered = Registered {
             region: Arc::new(region),
+            tracking,
             tracker,
             freeze,
             freezer,
@@ -123,13 +186,9 @@ impl Registry {
         self.regions.get(name).ok_or_else(unknown)
     }
 
-    /// Names of all Regions that could be moved.
-    pub(super) fn movable(&self) -> Vec<Name> {
-        let free = self
-            .regions
-            .iter()
-            .filter(|(_, registered)| registered.hold == Hold::Free);
-        free.map(|(name, _)| name.clone()).collect()
+    /// Names of all Regions.
+    pub(super) fn names(&self) -> Vec<Name> {
+        self.regions.keys().cloned().collect()
     }
 
     /// Gives the Regions to an attempt; all of them or none.
@@ -248,7 +307,7 @@ pub(super) fn busy(name: &Name, attempt: &Name) -> CommandError {
 
 /// Where a Region's memory is.
 #[derive(Debug)]
-pub(super) enum Memory<'a> {
+pub(super) enum Source<'a> {
     Path(&'a Path),
     Descriptor(OwnedFd),
 }

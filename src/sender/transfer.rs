@@ -9,18 +9,15 @@ use std::time::{Duration, Instant};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
-use crate::config::{
-    FreezeConfig, Integrity, TrackerConfig, TransferParameters, WhenNotConverging,
-};
+use crate::config::{FreezeConfig, Integrity, TransferParameters, WhenNotConverging};
 use crate::dirty::Tracker;
 use crate::endpoint::Endpoint;
 use crate::freeze::{FreezeError, Freezer, Frozen};
-use crate::iteration::{Next, Plan, Run, State};
+use crate::iteration::{Next, Plan, State};
 use crate::journal::{CommitSent, Journal};
 use crate::limits::PAGE_BYTES;
-use crate::pages::PageSet;
 use crate::peer::{self, Conversation, PeerError};
-use crate::region::{Region, RegionError};
+use crate::region::RegionError;
 use crate::stream::{Pace, Pass, Report, StreamError, StreamSetup};
 use crate::sys::wake::Wake;
 use crate::wire::{
@@ -29,15 +26,15 @@ use crate::wire::{
 };
 
 use super::crew::{Crew, REASON_WAIT};
+use super::debt::{Debt, Source};
 use super::error::TransferError;
-use super::registry::Registered;
+use super::registry::{Registered, Tracking};
 use super::status::{Attempt, Downtime, IterationRow, Status, per_second};
 
 /// How long a failing transfer takes to tell the receiver so.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 type Talk = Conversation<FromSender, FromReceiver>;
-type Source = (Arc<Region>, Tracker);
 
 /// How a transfer that got as far as the commit record ended.
 #[derive(Debug)]
@@ -63,9 +60,7 @@ pub(super) struct Transfer {
     parameters: TransferParameters,
     order: Order,
     nonce: Hex128,
-    sources: Arc<[Source]>,
-    /// Pages that the receiver does not have for certain, by Region.
-    owed: Vec<PageSet>,
+    debt: Debt,
     iteration: u32,
     /// Pages that the last Iteration found changed by reading them.
     changed_pages: u64,
@@ -95,28 +90,25 @@ impl Transfer {
         let source = |registered: &Registered| {
             let region = Arc::clone(&registered.region);
             let live = registered.freeze != FreezeConfig::None;
-            let tracker = match registered.tracker {
-                TrackerConfig::None => Tracker::None,
-                TrackerConfig::Scan if live && parameters.integrity == Integrity::Off => {
+            let tracker = match &registered.tracking {
+                Tracking::None => Tracker::None,
+                Tracking::Scan if live && parameters.integrity == Integrity::Off => {
                     return Err(TransferError::ScanWithoutIntegrity {
                         name: region.name().clone(),
                     });
                 }
-                TrackerConfig::Scan => {
+                Tracking::Scan => {
                     Tracker::scan(&region).map_err(TransferError::local("make fingerprints"))?
                 }
+                Tracking::Exact(exact) => Tracker::Exact(Arc::clone(exact)),
             };
             Ok((region, tracker))
         };
         let sources: Arc<[Source]> = order.regions.iter().map(source).collect::<Result<_, _>>()?;
         let wake = Wake::new().map_err(TransferError::local("make an eventfd"))?;
         Ok(Self {
-            owed: sources
-                .iter()
-                .map(|(region, _)| PageSet::full(region.pages()))
-                .collect(),
+            debt: Debt::of_all(sources),
             nonce: Hex128::random().map_err(TransferError::local("make a nonce"))?,
-            sources,
             attempt,
             parameters,
             iteration: 0,
@@ -166,10 +158,13 @@ impl Transfer {
     async fn run(&mut self) -> Result<(), TransferError> {
         let (token, epoch) = self.agree(false).await?;
         self.open_streams(token, epoch).await?;
+        self.debt.arm().await?;
         while !self.converged()? {
             self.iterate().await?;
         }
         self.freeze().await?;
+        self.debt.harvest().await?;
+        self.debt.look_again().await?;
         self.settle().await?;
         self.check_frozen().await?;
         self.prepare().await
@@ -217,7 +212,8 @@ impl Transfer {
                 .unwrap_or(u64::MAX),
             dry_run,
             regions: self
-                .sources
+                .debt
+                .sources()
                 .iter()
                 .map(describe)
                 .collect::<Result<_, _>>()?,
@@ -227,7 +223,7 @@ impl Transfer {
     /// One connection and one thread per stream.
     async fn open_streams(&mut self, token: Token, epoch: u32) -> Result<(), TransferError> {
         let setup = StreamSetup {
-            regions: Arc::clone(&self.sources),
+            regions: Arc::clone(self.debt.sources()),
             integrity: self.parameters.integrity == Integrity::Crc32c,
             window: self.parameters.window,
             pace: Arc::new(Pace::new(self.parameters.max_bandwidth, Instant::now())),
@@ -257,7 +253,7 @@ impl Transfer {
             return Ok(false);
         }
         let mut inspect_bytes = 0;
-        for (region, tracker) in &*self.sources {
+        for (region, tracker) in self.debt.sources().iter() {
             inspect_bytes += tracker.inspect_bytes(region)?;
         }
         let state = State {
@@ -292,11 +288,12 @@ impl Transfer {
     /// What is still to be sent, as far as anyone can know: the debt, and for Regions whose writes are
     /// found by reading, as much as the last Iteration found.
     fn remaining_bytes(&self) -> Result<u64, RegionError> {
-        let debt: u64 = self.owed.iter().map(PageSet::count).sum();
-        let mut bytes = (debt + self.changed_pages) * PAGE_BYTES;
+        let mut bytes = self.debt.bytes() + self.changed_pages * PAGE_BYTES;
         if self.iteration == 1 {
             // The first pass sent everything and so could find nothing: all of it may have changed.
-            for ((region, tracker), registered) in self.sources.iter().zip(&self.order.regions) {
+            for ((region, tracker), registered) in
+                self.debt.sources().iter().zip(&self.order.regions)
+            {
                 if registered.freeze != FreezeConfig::None {
                     bytes += tracker.inspect_bytes(region)?;
                 }
@@ -306,11 +303,15 @@ impl Transfer {
     }
 
     /// One pass over what is owed or may have been written. When it ends, everything that was lent is
-    /// released and everything that was sent is applied, on every stream.
-    async fn iterate(&mut self) -> Result<(), TransferError> {
+    /// released and everything that was sent is applied, on every stream. Gives how many pages the
+    /// trackers say were written meanwhile.
+    async fn iterate(&mut self) -> Result<u64, TransferError> {
         self.iteration += 1;
         let started = Instant::now();
-        let plan = self.plan(self.owed.clone()).await?;
+        let plan = self
+            .debt
+            .plan(self.iteration, self.parameters.packet_size)
+            .await?;
         let planned = plan.owed_pages();
         let reports = self.pass(plan, Pass::Send).await?;
 
@@ -327,20 +328,15 @@ impl Transfer {
             .iter()
             .map(|report| rate(report.payload_bytes, report.send_time));
         self.totals = reports.iter().map(|report| report.totals).collect();
-        // What arrived torn is all that is still owed.
-        self.owed = self
-            .sources
-            .iter()
-            .map(|(region, _)| PageSet::empty(region.pages()))
-            .collect();
-        for &(region, range) in reports.iter().flat_map(|report| &report.torn) {
-            self.owed[region as usize].insert(range);
-        }
+        self.debt
+            .paid_except(reports.iter().flat_map(|report| &report.torn));
+        let torn_pages = self.debt.pages();
+        let written_pages = self.debt.harvest().await?;
         self.attempt.iteration_ended(IterationRow {
             pass: self.iteration,
             payload_bytes: reports.iter().map(|report| report.payload_bytes).sum(),
             pages,
-            torn_pages: self.owed.iter().map(PageSet::count).sum(),
+            torn_pages,
             dirty_bytes: self.remaining_bytes()?,
             bytes_per_second: sent.sum(),
             time,
@@ -350,25 +346,7 @@ impl Transfer {
                 .max()
                 .unwrap_or_default(),
         });
-        Ok(())
-    }
-
-    /// What has to be looked at if `owed` is owed. Walks the holes of every Region, so it is not for
-    /// the control plane's thread.
-    async fn plan(&self, owed: Vec<PageSet>) -> Result<Arc<Plan>, TransferError> {
-        let sources = Arc::clone(&self.sources);
-        let (iteration, packet_size) = (self.iteration, self.parameters.packet_size);
-        let plan = spawn_blocking(move || {
-            let mut runs: Vec<Run> = Vec::new();
-            for ((index, (region, tracker)), owed) in (0..).zip(&*sources).zip(&owed) {
-                tracker.plan(index, region, owed, &mut runs)?;
-            }
-            Ok::<_, RegionError>(Plan::new(iteration, packet_size, runs))
-        });
-        let plan = plan
-            .await
-            .map_err(|error| TransferError::local("plan an iteration")(error.into()))?;
-        Ok(Arc::new(plan?))
+        Ok(written_pages)
     }
 
     /// Has every stream do its part of a plan; their reports are ordered by nothing but completion,
@@ -417,8 +395,11 @@ impl Transfer {
     async fn settle(&mut self) -> Result<(), TransferError> {
         let (mut least, mut progress) = (u64::MAX, Instant::now());
         loop {
-            self.iterate().await?;
-            let owed: u64 = self.owed.iter().map(PageSet::count).sum();
+            let pages = self.iterate().await?;
+            if pages > 0 {
+                return Err(TransferError::NotFrozen { pages });
+            }
+            let owed = self.debt.pages();
             if owed == 0 {
                 break;
             }
@@ -438,15 +419,19 @@ impl Transfer {
     /// Asks every tracker once more: what was frozen must not have written.
     async fn check_frozen(&mut self) -> Result<(), TransferError> {
         let started = Instant::now();
-        for (region, _) in &*self.sources {
+        for (region, _) in self.debt.sources().iter() {
             region.check_length()?;
         }
         if self
-            .sources
+            .debt
+            .sources()
             .iter()
             .any(|(_, tracker)| tracker.fingerprints().is_some())
         {
-            let plan = self.plan(self.owed.clone()).await?;
+            let plan = self
+                .debt
+                .plan(self.iteration, self.parameters.packet_size)
+                .await?;
             let reports = self.pass(plan, Pass::Check).await?;
             let pages = reports.iter().map(|report| report.pages).sum();
             if pages > 0 {
@@ -533,6 +518,7 @@ impl Transfer {
     /// Back to where it was: the writer first.
     async fn undo(self, error: &TransferError) {
         drop(self.frozen);
+        self.debt.restore();
         if let Some(freezing) = self.freezing {
             drop(freezing.await);
         }

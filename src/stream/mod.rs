@@ -12,6 +12,7 @@ mod incoming;
 mod inspect;
 mod outgoing;
 mod pace;
+mod window;
 
 pub use error::StreamError;
 pub use incoming::{Destination, IncomingSetup, IncomingStream};

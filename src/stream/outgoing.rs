@@ -1,13 +1,11 @@
 //! The sending end: where a packet is sent.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::channel::{Channel, Features, Flush, Shutdown, WriteFlags, read_exact_into, writev_all};
 use crate::dirty::Tracker;
 use crate::iteration::{Piece, Plan};
-use crate::limits::{BLOCKS_UNACKNOWLEDGED_MAX, PACKETS_UNACKNOWLEDGED_MAX};
 use crate::pages::PageRange;
 use crate::region::{Region, Span, SpanMut};
 use crate::stats::StreamStats;
@@ -18,6 +16,7 @@ use crate::wire::{
 use super::StreamError;
 use super::inspect::Inspector;
 use super::pace::Pace;
+use super::window::{Unacknowledged, Window};
 
 /// Zero-copy sends after which `auto` looks at how many of them were copied. One flush of fewer says
 /// little: the kernel's flag covers whole ranges of sends.
@@ -94,17 +93,6 @@ pub struct StreamSetup {
     pub epoch: u32,
 }
 
-#[derive(Debug)]
-struct Unacknowledged {
-    sequence: u64,
-    iteration: u32,
-    /// Its Region and the pages it spans; none for a mark.
-    pages: Option<(u32, PageRange)>,
-    blocks: u64,
-    wire_bytes: u64,
-    memory_bytes: u64,
-}
-
 /// One stream of the sender. Runs on a thread of its own.
 #[derive(Debug)]
 pub struct OutgoingStream {
@@ -118,9 +106,7 @@ pub struct OutgoingStream {
     frame: Vec<u8>,
     torn_table: TornTable,
     totals: StreamTotals,
-    unacknowledged: VecDeque<Unacknowledged>,
-    unacknowledged_bytes: u64,
-    unacknowledged_blocks: u64,
+    window: Window,
 }
 
 impl OutgoingStream {
@@ -133,6 +119,7 @@ impl OutgoingStream {
         zero_copy: ZeroCopyWish,
         stats: Arc<StreamStats>,
     ) -> Self {
+        let window = Window::new(setup.window);
         let capable = channel.features().contains(Features::WRITE_ZERO_COPY);
         match &zero_copy {
             ZeroCopyWish::Off(reason) => stats.set_path("plain", reason.clone()),
@@ -158,9 +145,7 @@ impl OutgoingStream {
                 packets: 0,
                 bytes: 0,
             },
-            unacknowledged: VecDeque::new(),
-            unacknowledged_bytes: 0,
-            unacknowledged_blocks: 0,
+            window,
         }
     }
 
@@ -201,7 +186,7 @@ impl OutgoingStream {
             let flushing = Instant::now();
             self.flush()?;
             report.flush_time = flushing.elapsed();
-            while !self.unacknowledged.is_empty() {
+            while !self.window.is_empty() {
                 self.read_ack(&mut report.torn)?;
             }
             report.send_time += started.elapsed();
@@ -294,7 +279,7 @@ impl OutgoingStream {
         self.stats.normal_pages.add(data_pages);
         self.stats.normal_bytes.add(payload);
         self.stats.duplicate_pages.add(pages - data_pages);
-        self.remember(Unacknowledged {
+        self.window.sent(Unacknowledged {
             sequence: self.totals.packets,
             iteration,
             pages: Some((region_index, span)),
@@ -321,7 +306,7 @@ impl OutgoingStream {
         )
         .map_err(|error| self.io_error("the receiver takes no data", error))?;
         self.stats.transferred.add(bytes.len() as u64);
-        self.remember(Unacknowledged {
+        self.window.sent(Unacknowledged {
             sequence: self.totals.packets,
             iteration,
             pages: None,
@@ -330,12 +315,6 @@ impl OutgoingStream {
             memory_bytes: 0,
         });
         Ok(())
-    }
-
-    fn remember(&mut self, packet: Unacknowledged) {
-        self.unacknowledged_bytes += packet.wire_bytes;
-        self.unacknowledged_blocks += packet.blocks;
-        self.unacknowledged.push_back(packet);
     }
 
     /// Released: the kernel reads none of our pages any more.
@@ -385,19 +364,14 @@ impl OutgoingStream {
         blocks: u64,
         torn: &mut Vec<(u32, PageRange)>,
     ) -> Result<(), StreamError> {
-        loop {
-            let full = self.unacknowledged_bytes + bytes > self.setup.window
-                || self.unacknowledged_blocks + blocks > BLOCKS_UNACKNOWLEDGED_MAX
-                || self.unacknowledged.len() >= PACKETS_UNACKNOWLEDGED_MAX;
-            // A packet larger than the window goes alone.
-            if self.unacknowledged.is_empty() {
-                return Ok(());
-            }
+        while !self.window.is_empty() {
+            let full = !self.window.has_room(bytes, blocks);
             if !full && !self.readable(Duration::ZERO)? {
                 return Ok(());
             }
             self.read_ack(torn)?;
         }
+        Ok(())
     }
 
     fn readable(&mut self, timeout: Duration) -> Result<bool, StreamError> {
@@ -421,32 +395,10 @@ impl OutgoingStream {
         let mut bytes = [0; ACK_BYTES];
         self.read(&mut bytes)?;
         let ack = Ack::decode(&bytes).map_err(|source| self.wire_error(source))?;
-        let Some(packet) = self
-            .unacknowledged
-            .pop_front()
-            .filter(|packet| packet.sequence == ack.sequence)
-        else {
-            return Err(self.illegal_ack(
-                "sequence",
-                ack.sequence,
-                "it is not that of the oldest packet",
-            ));
-        };
-        if ack.epoch != self.setup.epoch {
-            return Err(self.illegal_ack("epoch", ack.epoch.into(), "it is not the attempt's"));
-        }
-        if ack.iteration != packet.iteration {
-            return Err(self.illegal_ack(
-                "iteration",
-                ack.iteration.into(),
-                "it is not the packet's",
-            ));
-        }
-        if u64::from(ack.torn) > packet.blocks {
-            return Err(self.illegal_ack("torn", ack.torn.into(), "the packet has fewer blocks"));
-        }
-        self.unacknowledged_bytes -= packet.wire_bytes;
-        self.unacknowledged_blocks -= packet.blocks;
+        let packet = self
+            .window
+            .acknowledged(&ack, self.setup.epoch)
+            .map_err(|source| self.wire_error(source))?;
         self.stats.settled_bytes.add(packet.memory_bytes);
         match packet.pages {
             Some((region, span)) if ack.torn > 0 => self.read_torn(&ack, region, span, torn),

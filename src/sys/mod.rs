@@ -6,7 +6,9 @@
 pub mod errqueue;
 pub mod file;
 pub mod msg;
+pub mod pagemap;
 pub mod process;
 pub mod scm;
 pub mod terminal;
+pub mod uffd;
 pub mod wake;

@@ -23,7 +23,7 @@ use nix::sys::time::TimeSpec;
 pub use pacer::Pacer;
 pub use stamp::{STAMPED_BYTES, Stamp, first_torn_page, newest_stamp};
 
-use crate::client::{ClientError, Connection};
+use crate::client::{ClientError, Connection, Tracked};
 use crate::config::units::Size;
 use crate::name::Name;
 use crate::region::{Access, Mapping};
@@ -154,9 +154,11 @@ pub fn run(
             return Ok(stopped(out, 0));
         }
     }
-    if let Some(register) = &options.register {
-        register.add(&writer.file)?;
-    }
+    // Kept until the end: who writes and how that is seen are one thing.
+    let _tracked = match &options.register {
+        Some(register) => register.add(&writer)?,
+        None => None,
+    };
     say(
         out,
         &serde_json::json!({
@@ -184,18 +186,34 @@ pub fn run(
 }
 
 impl Registration {
-    /// Hands the memory over as a descriptor, to be scanned, with this process as its writer.
-    fn add(&self, memory: &File) -> Result<(), ClientError> {
+    /// Hands the memory over as a descriptor, with this process as its writer. From here on the kernel
+    /// keeps account of what is written; where it cannot, the sender has to find out by reading.
+    fn add(&self, writer: &Writer) -> Result<Option<Tracked>, ClientError> {
         const FDNAME: &str = "workload";
+        let freeze = serde_json::json!({"kind": "pid", "pid": std::process::id()});
         let mut connection = Connection::connect(&self.socket)?;
-        connection.send_fd(FDNAME, memory.as_fd())?;
-        let region = serde_json::json!({
-            "name": self.name,
-            "fdname": FDNAME,
-            "tracker": {"kind": "scan"},
-            "freeze": {"kind": "pid", "pid": std::process::id()},
-        });
-        connection.execute("region-add", region).map(|_| ())
+        let memory = writer.file.as_fd();
+        match Tracked::new(&writer.mapping) {
+            Ok(tracked) => {
+                connection.register(&self.name, memory, &tracked, freeze)?;
+                Ok(Some(tracked))
+            }
+            Err(error) => {
+                let note = format!(
+                    "memferry: the kernel cannot track what is written here ({error}): the sender will scan for it"
+                );
+                // That nobody reads it is no reason to end.
+                let _ = writeln!(io::stderr().lock(), "{note}");
+                connection.send_fd(FDNAME, memory)?;
+                let region = serde_json::json!({
+                    "name": self.name,
+                    "fdname": FDNAME,
+                    "tracker": {"kind": "scan"},
+                    "freeze": freeze,
+                });
+                connection.execute("region-add", region).map(|_| None)
+            }
+        }
     }
 }
 

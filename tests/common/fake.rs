@@ -199,13 +199,11 @@ impl Shared {
         let mut answer = caller.answer(Status::Ok);
         if let Manners::TurnsAway(other) = self.manners {
             status = other;
-            // What a receiver of a later version would say of itself.
-            answer = Preamble {
-                version: 9,
-                version_oldest: 8,
-                status,
-                ..answer
-            };
+            answer.status = status;
+            if status == Status::Version {
+                // What a receiver of a later version would say of itself.
+                (answer.version, answer.version_oldest) = (9, 8);
+            }
         }
         connection.write_all(&answer.encode()).unwrap();
         match caller.purpose {

@@ -3,6 +3,8 @@
 //! One connection, one thread: `execute` sends a command and returns its answer; events that come
 //! meanwhile are kept, in order, for `next_event`. No wait is without a deadline.
 
+mod track;
+
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -17,6 +19,8 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
+
+pub use track::Tracked;
 
 use crate::limits::CONTROL_ANSWER_BYTES_MAX;
 

@@ -1,0 +1,69 @@
+//! Why an attempt ended without a commit; the code and the text go to the sender.
+
+use std::io;
+
+use crate::assembly::Violation;
+use crate::peer::PeerError;
+use crate::region::RegionError;
+use crate::stream::StreamError;
+use crate::wire::FromSender;
+
+use super::admission::Refusal;
+
+/// Why an attempt ended without a commit.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AttemptError {
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("the sender ended the transfer: {desc}")]
+    Aborted { code: String, desc: String },
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error(transparent)]
+    Incomplete(#[from] Violation),
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    #[error("stream {0} ended before the transfer did")]
+    StreamEnded(u16),
+    #[error("{arrived} of {streams} streams arrived within {seconds} s (stall-timeout)")]
+    StreamsMissing {
+        arrived: usize,
+        streams: u16,
+        seconds: f32,
+    },
+    #[error("the peer said {0} where the protocol has no place for it")]
+    OutOfPlace(String),
+    #[error("cannot {doing}: {source}")]
+    Local {
+        doing: &'static str,
+        source: io::Error,
+    },
+}
+
+impl AttemptError {
+    pub(super) fn code(&self) -> &str {
+        match self {
+            Self::Refused(refusal) => refusal.code,
+            Self::Aborted { code, .. } => code,
+            Self::Peer(error) => error.code(),
+            Self::Stream(error) => error.code(),
+            Self::Incomplete(_) => "incomplete",
+            Self::Region(error) => error.code(),
+            Self::StreamEnded(_) => "connection-lost",
+            Self::StreamsMissing { .. } => "stalled",
+            Self::OutOfPlace(_) => "protocol",
+            Self::Local { .. } => "receiver-failed",
+        }
+    }
+
+    pub(super) fn local(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Local { doing, source }
+    }
+
+    pub(super) fn out_of_place(message: &FromSender) -> Self {
+        let text = serde_json::to_value(message).unwrap_or_default();
+        Self::OutOfPlace(text["type"].to_string())
+    }
+}
