@@ -54,11 +54,34 @@ impl Exit {
             | "protocol" | "not-frozen" | "receiver-failed" => Self::Failed,
             // Why a Region cannot be added or moved, or a request cannot be followed: if it ends a
             // transfer, that transfer has failed, and otherwise nothing was begun.
-            "region-open" | "region-kind" | "region-too-long" | "region-resized"
-            | "region-read" | "freeze-refused" | "writer-gone" | "sender-failed"
-            | "region-exists" | "region-unknown" | "region-busy" | "page-size" | "no-regions"
-            | "id-in-use" | "no-such-transfer" | "too-late" | "bad-request"
-            | "command-not-found" | "no-descriptor" => Self::Other,
+            "region-open"
+            | "region-kind"
+            | "region-too-long"
+            | "region-resized"
+            | "region-read"
+            | "freeze-refused"
+            | "writer-gone"
+            | "sender-failed"
+            | "region-exists"
+            | "region-unknown"
+            | "region-busy"
+            | "region-moved"
+            | "page-size"
+            | "no-regions"
+            | "id-in-use"
+            | "no-such-transfer"
+            | "tracker-blind"
+            | "tracker-failed"
+            | "tracker-unsupported"
+            | "tracker-descriptor"
+            | "tracker-address"
+            | "tracker-memory"
+            | "bitmap-size"
+            | "bitmap-seal"
+            | "too-late"
+            | "bad-request"
+            | "command-not-found"
+            | "no-descriptor" => Self::Other,
             _ => return None,
         })
     }

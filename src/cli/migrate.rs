@@ -63,8 +63,8 @@ pub(super) fn run(socket: &Path, args: &MigrateArgs) -> Result<Exit, ClientError
     }
     if last["status"] == "indeterminate" {
         note(
-            "The receiver was told to take over and has not said whether it did; the writer stays stopped \
-             until it does, or until you decide with `migrate-resolve` on the control socket.",
+            "The receiver was told to take over and has not said whether it did; the sender goes on asking, and \
+             the writer stays stopped until there is an answer. See \"Indeterminate\" in docs/operating.md.",
         );
     }
     Ok(Exit::of_transfer(&last))
