@@ -285,6 +285,27 @@ fn a_receiver_of_another_boot_decides_nothing() {
 }
 
 #[test]
+fn the_operator_decides_when_the_receiver_is_gone_for_good() {
+    for (owner, status) in [("source", "failed"), ("destination", "completed")] {
+        let mut half = Half::commit_sent();
+        let early = half.sender.cli(&["resolve", "r", owner]);
+        assert_eq!(
+            early.status.code(),
+            Some(1),
+            "there is still a conversation"
+        );
+        half.fake.hang_up();
+        half.assert_undecided();
+        let decided = half.sender.cli(&["resolve", "r", owner]);
+        assert_eq!(decided.status.code(), Some(0), "{decided:?}");
+        half.sender.wait("r", status);
+        assert_eq!(half.writer.is_stopped(), owner == "destination");
+        assert_eq!(records(&half.stage, "sender"), 0);
+        half.sender.assert_alive();
+    }
+}
+
+#[test]
 fn the_command_line_says_that_it_is_not_decided() {
     let half = Half::new(Manners::NeverCommitted);
     let mut command = common::memferry();

@@ -55,6 +55,10 @@ pub enum Command {
     Status(StatusArgs),
     /// Cancel a transfer: the latest, or the one with this id. The source keeps running.
     Cancel(CancelArgs),
+    /// Say who owns the Regions of an indeterminate transfer, when the receiver cannot.
+    ///
+    /// Look at the destination first: if it runs there and you say `source`, it runs twice.
+    Resolve(ResolveArgs),
     /// Show the whole job on this host: receiver, sender and a busy writer, then compare every byte.
     Demo(DemoArgs),
     /// Run a writer that stamps pages at a steady rate and can be frozen; for trying things out.
@@ -192,6 +196,24 @@ pub struct StatusArgs {
 pub struct CancelArgs {
     /// Id of the transfer.
     pub id: Option<Name>,
+}
+
+/// Arguments of `memferry resolve`.
+#[derive(Debug, Args)]
+pub struct ResolveArgs {
+    /// The transfer's id.
+    pub id: Name,
+    /// Who owns its Regions.
+    pub owner: OwningSide,
+}
+
+/// A side of a transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OwningSide {
+    /// The source: the writer goes on there.
+    Source,
+    /// The destination: the writer stays stopped.
+    Destination,
 }
 
 /// Arguments of `memferry demo`. Sizes and rates as in the configuration: `64MiB`, `300MiB/s`.
