@@ -120,7 +120,11 @@ fn runtime_directory(stage: &Stage, who: &str) -> PathBuf {
 
 /// Records in a daemon's journal.
 fn records(stage: &Stage, who: &str) -> usize {
-    listing(&runtime_directory(stage, who)).len()
+    let records = listing(&runtime_directory(stage, who));
+    records
+        .iter()
+        .filter(|name| name.ends_with(".json"))
+        .count()
 }
 
 #[test]
@@ -196,6 +200,18 @@ fn a_cancel_in_device_thaws_the_writer() {
     assert!(half.writer.is_stopped());
     half.cancel();
     half.assert_cancelled();
+}
+
+#[test]
+fn a_sender_killed_while_the_writer_stands_still_leaves_it_running() {
+    let mut half = Half::new(Manners::Acknowledges(1));
+    half.begin();
+    half.sender.wait("r", "device");
+    half.fake
+        .wait(|heard| matches!(heard, Heard::Mark { iteration: 2, .. }));
+    assert!(half.writer.is_stopped());
+    half.sender.kill();
+    half.writer.assert_runs();
 }
 
 #[test]

@@ -63,6 +63,10 @@ pub enum Command {
     Demo(DemoArgs),
     /// Run a writer that stamps pages at a steady rate and can be frozen; for trying things out.
     Workload(WorkloadArgs),
+    /// Let writers go on that a sender which has died had stopped. The sender starts it by itself, and
+    /// its unit runs it once more after the end.
+    #[command(hide = true)]
+    Guardian(GuardianArgs),
     /// Check a configuration file, and whether this machine can do what it asks for.
     Check(CheckArgs),
 }
@@ -260,6 +264,16 @@ pub struct WorkloadArgs {
     /// Name of the Region to register.
     #[arg(long, requires = "register")]
     pub name: Option<Name>,
+}
+
+/// Arguments of `memferry guardian`.
+#[derive(Debug, Args)]
+pub struct GuardianArgs {
+    /// The sender's runtime directory.
+    pub runtime_directory: PathBuf,
+    /// Look at once, instead of when standard input ends.
+    #[arg(long)]
+    pub now: bool,
 }
 
 /// Arguments of `memferry check`.

@@ -46,6 +46,7 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
         Command::Receiver(args) => return daemon(crate::receiver::run(&args.config)),
         Command::Demo(args) => return demo::run(&args),
         Command::Workload(args) => return workload::run(args),
+        Command::Guardian(args) => return guardian(&args),
         Command::Check(args) => return check(&args.file),
     };
     done.unwrap_or_else(|error| {
@@ -68,6 +69,22 @@ fn daemon(ended: Result<(), DaemonError>) -> Exit {
     match error {
         DaemonError::Configuration(_) => Exit::Configuration,
         DaemonError::Setup { .. } => Exit::Other,
+    }
+}
+
+/// Lets writers go on whose sender has died.
+fn guardian(args: &args::GuardianArgs) -> Exit {
+    let look = if args.now {
+        crate::guardian::release
+    } else {
+        crate::guardian::keep_watch
+    };
+    match look(&args.runtime_directory) {
+        Ok(()) => Exit::Done,
+        Err(error) => {
+            output::note(format_args!("memferry guardian: {error}"));
+            Exit::Other
+        }
     }
 }
 

@@ -186,6 +186,7 @@ impl SenderCommands {
                 endpoint,
                 regions,
                 journal: Arc::clone(&self.sender.journal),
+                guardian: Arc::clone(&self.sender.guardian),
                 boot_id: self.sender.boot_id.clone(),
             };
             (attempt, claim, order)
