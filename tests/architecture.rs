@@ -28,7 +28,9 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("unsafe edge", &["sys", "region"]),
     (
         "data plane",
-        &["channel", "dirty", "stats", "stream", "freeze", "journal"],
+        &[
+            "channel", "dirty", "stats", "stream", "freeze", "journal", "guardian",
+        ],
     ),
     (
         "control plane",

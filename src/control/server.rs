@@ -28,6 +28,23 @@ const STOP_DEADLINE: Duration = Duration::from_secs(2);
 /// Pause after a failed accept. Out of descriptors the next try would fail at once, and so on.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long another daemon may take to start on the same directory, and how often we look.
+const START_WAIT: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(5));
+
+/// Locks a directory, waiting for a moment if somebody else has.
+fn lock(directory: &Path) -> io::Result<Flock<File>> {
+    let started = std::time::Instant::now();
+    loop {
+        match Flock::lock(File::open(directory)?, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((_, Errno::EWOULDBLOCK)) if started.elapsed() < START_WAIT.0 => {
+                std::thread::sleep(START_WAIT.1);
+            }
+            Err((_, errno)) => return Err(errno.into()),
+        }
+    }
+}
+
 /// Who may use a control socket. The file's mode is asked first, by the kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Access {
@@ -69,19 +86,15 @@ impl Server {
             _ => Path::new("."),
         };
         fs::create_dir_all(directory).map_err(named)?;
-        // Two daemons that start at once must not both find the file stale and replace it. Not waiting:
-        // whoever can read the directory can hold its lock for ever.
-        let directory = File::open(directory).map_err(named)?;
-        let _one_at_a_time =
-            Flock::lock(directory, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-                match errno {
-                    Errno::EWOULDBLOCK => io::Error::new(
-                        io::ErrorKind::AddrInUse,
-                        format!("another daemon is just starting on {}", path.display()),
-                    ),
-                    errno => named(errno.into()),
-                }
-            })?;
+        // Two daemons that start at once must not both find the file stale and replace it. Not waiting
+        // for long: whoever can read the directory can hold its lock for ever.
+        let _one_at_a_time = lock(directory).map_err(|error| match error.raw_os_error() {
+            Some(libc::EWOULDBLOCK) => io::Error::new(
+                io::ErrorKind::AddrInUse,
+                format!("another daemon is just starting on {}", path.display()),
+            ),
+            _ => named(error),
+        })?;
         remove_stale(path)?;
         let listener = StdListener::bind(path).map_err(named)?;
         let file = SocketFile::new(path).map_err(named)?;

@@ -54,9 +54,12 @@ impl Fingerprints {
         self.swap(page, xxh3_64_with_seed(bytes, self.seed).max(ZERO + 1))
     }
 
-    /// Remembers that `page` is sent as zeros, and says whether that is news.
+    /// Remembers that `page` holds zeros, and says whether that is news. A hole that somebody filled by
+    /// reading it is none: the receiver has zeros there.
     pub fn update_zero(&self, page: u64) -> Change {
-        self.swap(page, ZERO)
+        let unseen = self.entry(page).load(Ordering::Relaxed) == UNSEEN;
+        let change = self.swap(page, ZERO);
+        if unseen { Change::Same } else { change }
     }
 
     fn swap(&self, page: u64, new: u64) -> Change {
@@ -110,6 +113,14 @@ mod tests {
         assert_eq!(table.update(0, b"two"), Change::Changed);
         assert_eq!(table.update_zero(0), Change::Changed);
         assert_eq!(table.update_zero(0), Change::Same);
+    }
+
+    #[test]
+    fn a_hole_that_was_filled_by_reading_it_is_no_change() {
+        let table = Fingerprints::new(1).unwrap();
+        assert_eq!(table.update_zero(0), Change::Same);
+        assert_eq!(table.update(0, b"data"), Change::Changed);
+        assert_eq!(table.update_zero(0), Change::Changed);
     }
 
     #[test]

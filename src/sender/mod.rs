@@ -12,6 +12,7 @@ mod debt;
 mod error;
 mod registry;
 mod resolve;
+mod standstill;
 mod status;
 mod transfer;
 

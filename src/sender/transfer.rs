@@ -3,16 +3,15 @@
 //! Up to the commit record any failure ends with the writer running and nothing at the destination;
 //! behind it nothing thaws the writer until the receiver has said that it is not the owner (rule 4).
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
 use crate::config::{FreezeConfig, Integrity, TransferParameters, WhenNotConverging};
 use crate::dirty::Tracker;
 use crate::endpoint::Endpoint;
-use crate::freeze::{FreezeError, Freezer, Frozen};
+use crate::freeze::Freezer;
 use crate::guardian::Guardian;
 use crate::iteration::{Next, Plan, State};
 use crate::journal::{CommitSent, Journal};
@@ -30,6 +29,7 @@ use super::crew::{Crew, REASON_WAIT};
 use super::debt::{Debt, Source};
 use super::error::TransferError;
 use super::registry::{Registered, Tracking};
+use super::standstill::Standstill;
 use super::status::{Attempt, Downtime, IterationRow, Status, per_second};
 
 /// How long a failing transfer takes to tell the receiver so.
@@ -76,9 +76,7 @@ pub(super) struct Transfer {
     receiver_boot_id: BootId,
     wake: Wake,
     crew: Crew,
-    freezing: Option<JoinHandle<Result<Frozen, FreezeError>>>,
-    frozen: Frozen,
-    frozen_since: Instant,
+    standstill: Standstill,
     downtime: Downtime,
 }
 
@@ -109,10 +107,12 @@ impl Transfer {
             Ok((region, tracker))
         };
         let sources: Arc<[Source]> = order.regions.iter().map(source).collect::<Result<_, _>>()?;
+        let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
+        let standstill = Standstill::new(nonce, Arc::clone(&order.guardian));
         let wake = Wake::new().map_err(TransferError::local("make an eventfd"))?;
         Ok(Self {
             debt: Debt::of_all(sources),
-            nonce: Hex128::random().map_err(TransferError::local("make a nonce"))?,
+            nonce,
             attempt,
             parameters,
             iteration: 0,
@@ -126,9 +126,7 @@ impl Transfer {
             crew: Crew::new(wake.clone()),
             wake,
             order,
-            freezing: None,
-            frozen: Frozen::default(),
-            frozen_since: Instant::now(),
+            standstill,
             downtime: Downtime::default(),
         })
     }
@@ -386,20 +384,10 @@ impl Transfer {
             .iter()
             .map(|registered| registered.freezer.clone())
             .collect();
-        let freeze_timeout = self.parameters.freeze_timeout;
-        // Before the first is stopped, so that none is left stopped whoever dies when.
-        self.guardian()
-            .note(self.nonce, Frozen::record_of(&freezers)?)
-            .map_err(TransferError::local("note what is to be frozen"))?;
-        self.frozen_since = Instant::now();
-        // Kept, so that a cancel that comes just now waits for the end of it and thaws.
-        let freezing = self.freezing.insert(spawn_blocking(move || {
-            Frozen::freeze(&freezers, freeze_timeout)
-        }));
-        let frozen = freezing.await;
-        self.freezing = None;
-        self.frozen = frozen.map_err(|error| TransferError::local("freeze")(error.into()))??;
-        self.downtime.freeze = self.frozen_since.elapsed();
+        self.standstill
+            .freeze(freezers, self.parameters.freeze_timeout)
+            .await?;
+        self.downtime.freeze = self.standstill.elapsed();
         Ok(())
     }
 
@@ -425,7 +413,7 @@ impl Transfer {
                 });
             }
         }
-        self.downtime.send = self.frozen_since.elapsed() - self.downtime.freeze;
+        self.downtime.send = self.standstill.elapsed() - self.downtime.freeze;
         Ok(())
     }
 
@@ -476,16 +464,9 @@ impl Transfer {
             }
         }
         // The last look before the point of no return.
-        self.frozen.check()?;
+        self.standstill.check()?;
         self.downtime.prepare = started.elapsed();
         Ok(())
-    }
-
-    fn guardian(&self) -> MutexGuard<'_, Guardian> {
-        self.order
-            .guardian
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The point of no return: from here on only the receiver can say who owns the Regions, and the
@@ -501,12 +482,11 @@ impl Transfer {
             boot_id: self.order.boot_id.clone(),
             receiver_boot_id: self.receiver_boot_id.clone(),
             regions: self.attempt.regions.clone(),
-            stopped: self.frozen.record(),
+            stopped: self.standstill.record(),
         };
         let written = self.order.journal.decide(self.nonce, record);
         let record = written.map_err(TransferError::local("record the commit"))?;
-        std::mem::take(&mut self.frozen).keep();
-        self.guardian().forget(self.nonce);
+        self.standstill.keep();
         Ok(record)
     }
 
@@ -524,7 +504,7 @@ impl Transfer {
         match answer {
             Ok(FromReceiver::Committed {}) => {
                 self.downtime.commit = now - started;
-                self.downtime.total = now - self.frozen_since;
+                self.downtime.total = now - self.standstill.since();
                 self.attempt.set_downtime(self.downtime);
                 Outcome::Committed(Box::new(record))
             }
@@ -537,13 +517,9 @@ impl Transfer {
     }
 
     /// Back to where it was: the writer first.
-    async fn undo(mut self, error: &TransferError) {
-        drop(std::mem::take(&mut self.frozen));
+    async fn undo(self, error: &TransferError) {
+        self.standstill.thaw().await;
         self.debt.restore();
-        if let Some(freezing) = self.freezing.take() {
-            drop(freezing.await);
-        }
-        self.guardian().forget(self.nonce);
         if let Some(talk) = &self.talk {
             let abort = FromSender::Abort {
                 code: error.code().into(),
