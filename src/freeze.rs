@@ -200,6 +200,13 @@ impl Process {
         Ok(())
     }
 
+    fn record(&self) -> StoppedProcess {
+        StoppedProcess {
+            pid: self.pid,
+            start_time: self.start_time(),
+        }
+    }
+
     fn start_time(&self) -> Option<u64> {
         start_time(self.pid)
     }
@@ -282,6 +289,19 @@ impl Frozen {
         Ok(frozen)
     }
 
+    /// What the journal would have to remember if these were stopped now: the processes that run.
+    pub fn record_of(freezers: &[Freezer]) -> Result<Vec<StoppedProcess>, FreezeError> {
+        let mut running = Vec::new();
+        for freezer in freezers {
+            if let Freezer::Pid(process) = freezer
+                && process.running_thread()?.is_some()
+            {
+                running.push(process.record());
+            }
+        }
+        Ok(running)
+    }
+
     /// That everything that was frozen still is.
     pub fn check(&self) -> Result<(), FreezeError> {
         for (process, _) in &self.processes {
@@ -299,12 +319,8 @@ impl Frozen {
     /// What the journal has to remember, so that a restarted sender can thaw.
     #[must_use]
     pub fn record(&self) -> Vec<StoppedProcess> {
-        let record = |process: &Arc<Process>| StoppedProcess {
-            pid: process.pid,
-            start_time: process.start_time(),
-        };
         let ours = self.processes.iter().filter(|(_, ours)| *ours);
-        ours.map(|(process, _)| record(process)).collect()
+        ours.map(|(process, _)| process.record()).collect()
     }
 
     /// Leaves the writers stopped for good: the memory has another owner now.

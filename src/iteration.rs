@@ -147,6 +147,10 @@ fn cut(left: PageRange, room: u64) -> u64 {
     aligned_end.saturating_sub(left.first)
 }
 
+/// A rest that takes no longer than this to send is not worth another Iteration: freezing, asking the
+/// trackers and the commit take about as long.
+const WORTH_ANOTHER: Duration = Duration::from_micros(500);
+
 /// What is known when an Iteration has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct State {
@@ -154,6 +158,8 @@ pub struct State {
     pub iterations: u32,
     /// Bytes owed now, or the best estimate of them.
     pub remaining_bytes: u64,
+    /// The same when the Iteration before had ended.
+    pub remaining_bytes_before: u64,
     /// Bytes of memory that the last Iteration must read before it knows what to send (`scan`).
     pub inspect_bytes: u64,
     /// Payload bytes per second, as measured.
@@ -184,14 +190,26 @@ impl State {
 
     /// Whether to go on. `scan` must read everything once more whatever happens, so that part of the
     /// downtime cannot be iterated away: what is compared with the limit is the part that can.
+    ///
+    /// The limit is what the writer may be made to wait, not what it has to: as long as every
+    /// Iteration leaves at most half of what the one before left, another one costs less than it saves.
     #[must_use]
     pub fn next(&self, downtime_limit: Duration, max_iterations: u32) -> Next {
-        if seconds(self.remaining_bytes, self.bytes_per_second) <= downtime_limit {
-            Next::Freeze
-        } else if self.iterations >= max_iterations {
-            Next::NotConverging
-        } else {
+        let rest = seconds(self.remaining_bytes, self.bytes_per_second);
+        let reading = seconds(self.inspect_bytes, self.inspect_bytes_per_second);
+        let used_up = self.iterations >= max_iterations;
+        if rest > downtime_limit {
+            return if used_up {
+                Next::NotConverging
+            } else {
+                Next::Iterate
+            };
+        }
+        let shrinking = self.remaining_bytes <= self.remaining_bytes_before / 2;
+        if shrinking && rest > WORTH_ANOTHER.max(reading) && !used_up {
             Next::Iterate
+        } else {
+            Next::Freeze
         }
     }
 }
@@ -288,6 +306,7 @@ mod tests {
         let state = |remaining_bytes, iterations| State {
             iterations,
             remaining_bytes,
+            remaining_bytes_before: remaining_bytes,
             inspect_bytes: 0,
             bytes_per_second: 1_000_000_000,
             inspect_bytes_per_second: 1,
@@ -302,5 +321,34 @@ mod tests {
             ..state(u64::MAX, 1)
         };
         assert_eq!(unmeasured.next(limit, 30), Next::Iterate);
+        let shrinking = State {
+            remaining_bytes_before: 200_000_000,
+            ..state(100_000_000, 2)
+        };
+        assert_eq!(
+            shrinking.next(limit, 30),
+            Next::Iterate,
+            "another one halves it again"
+        );
+        assert_eq!(shrinking.next(limit, 2), Next::Freeze);
+        let slowly = State {
+            remaining_bytes_before: 199_000_000,
+            ..shrinking
+        };
+        assert_eq!(slowly.next(limit, 30), Next::Freeze);
+        let scanned = State {
+            inspect_bytes: 1,
+            ..shrinking
+        };
+        assert_eq!(
+            scanned.next(limit, 30),
+            Next::Freeze,
+            "reading would take longer than it saves"
+        );
+        let little = State {
+            remaining_bytes_before: u64::MAX,
+            ..state(400_000, 2)
+        };
+        assert_eq!(little.next(limit, 30), Next::Freeze);
     }
 }

@@ -16,6 +16,7 @@ pub mod daemon;
 pub mod dirty;
 pub mod endpoint;
 pub mod freeze;
+pub mod guardian;
 pub mod iteration;
 pub mod journal;
 pub mod limits;

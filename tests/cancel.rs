@@ -44,7 +44,14 @@ impl Half {
 
     /// Begins, with so much patience that nothing but a cancel ends a wait.
     fn begin(&mut self) {
-        let order = json!({"uri": self.fake.uri, "id": "r", "streams": 2, "stall-timeout": "1h"});
+        // One Iteration before the freeze, whatever the rates are: so the second one is the last.
+        let order = json!({
+            "uri": self.fake.uri,
+            "id": "r",
+            "streams": 2,
+            "stall-timeout": "1h",
+            "max-iterations": 1,
+        });
         self.sender.call("migrate", order);
     }
 
@@ -113,7 +120,11 @@ fn runtime_directory(stage: &Stage, who: &str) -> PathBuf {
 
 /// Records in a daemon's journal.
 fn records(stage: &Stage, who: &str) -> usize {
-    listing(&runtime_directory(stage, who)).len()
+    let records = listing(&runtime_directory(stage, who));
+    records
+        .iter()
+        .filter(|name| name.ends_with(".json"))
+        .count()
 }
 
 #[test]
@@ -189,6 +200,18 @@ fn a_cancel_in_device_thaws_the_writer() {
     assert!(half.writer.is_stopped());
     half.cancel();
     half.assert_cancelled();
+}
+
+#[test]
+fn a_sender_killed_while_the_writer_stands_still_leaves_it_running() {
+    let mut half = Half::new(Manners::Acknowledges(1));
+    half.begin();
+    half.sender.wait("r", "device");
+    half.fake
+        .wait(|heard| matches!(heard, Heard::Mark { iteration: 2, .. }));
+    assert!(half.writer.is_stopped());
+    half.sender.kill();
+    half.writer.assert_runs();
 }
 
 #[test]
@@ -275,6 +298,27 @@ fn a_receiver_of_another_boot_decides_nothing() {
     assert!(half.writer.is_stopped());
     half.sender.wait("r", "indeterminate");
     half.assert_decided(Owner::Source);
+}
+
+#[test]
+fn the_operator_decides_when_the_receiver_is_gone_for_good() {
+    for (owner, status) in [("source", "failed"), ("destination", "completed")] {
+        let mut half = Half::commit_sent();
+        let early = half.sender.cli(&["resolve", "r", owner]);
+        assert_eq!(
+            early.status.code(),
+            Some(1),
+            "there is still a conversation"
+        );
+        half.fake.hang_up();
+        half.assert_undecided();
+        let decided = half.sender.cli(&["resolve", "r", owner]);
+        assert_eq!(decided.status.code(), Some(0), "{decided:?}");
+        half.sender.wait("r", status);
+        assert_eq!(half.writer.is_stopped(), owner == "destination");
+        assert_eq!(records(&half.stage, "sender"), 0);
+        half.sender.assert_alive();
+    }
 }
 
 #[test]

@@ -55,10 +55,18 @@ pub enum Command {
     Status(StatusArgs),
     /// Cancel a transfer: the latest, or the one with this id. The source keeps running.
     Cancel(CancelArgs),
+    /// Say who owns the Regions of an indeterminate transfer, when the receiver cannot.
+    ///
+    /// Look at the destination first: if it runs there and you say `source`, it runs twice.
+    Resolve(ResolveArgs),
     /// Show the whole job on this host: receiver, sender and a busy writer, then compare every byte.
     Demo(DemoArgs),
     /// Run a writer that stamps pages at a steady rate and can be frozen; for trying things out.
     Workload(WorkloadArgs),
+    /// Let writers go on that a sender which has died had stopped. The sender starts it by itself, and
+    /// its unit runs it once more after the end.
+    #[command(hide = true)]
+    Guardian(GuardianArgs),
     /// Check a configuration file, and whether this machine can do what it asks for.
     Check(CheckArgs),
 }
@@ -194,6 +202,24 @@ pub struct CancelArgs {
     pub id: Option<Name>,
 }
 
+/// Arguments of `memferry resolve`.
+#[derive(Debug, Args)]
+pub struct ResolveArgs {
+    /// The transfer's id.
+    pub id: Name,
+    /// Who owns its Regions.
+    pub owner: OwningSide,
+}
+
+/// A side of a transfer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OwningSide {
+    /// The source: the writer goes on there.
+    Source,
+    /// The destination: the writer stays stopped.
+    Destination,
+}
+
 /// Arguments of `memferry demo`. Sizes and rates as in the configuration: `64MiB`, `300MiB/s`.
 #[derive(Debug, Args)]
 pub struct DemoArgs {
@@ -238,6 +264,16 @@ pub struct WorkloadArgs {
     /// Name of the Region to register.
     #[arg(long, requires = "register")]
     pub name: Option<Name>,
+}
+
+/// Arguments of `memferry guardian`.
+#[derive(Debug, Args)]
+pub struct GuardianArgs {
+    /// The sender's runtime directory.
+    pub runtime_directory: PathBuf,
+    /// Look at once, instead of when standard input ends.
+    #[arg(long)]
+    pub now: bool,
 }
 
 /// Arguments of `memferry check`.

@@ -70,6 +70,7 @@ impl Exit {
             | "no-regions"
             | "id-in-use"
             | "no-such-transfer"
+            | "not-indeterminate"
             | "tracker-blind"
             | "tracker-failed"
             | "tracker-unsupported"

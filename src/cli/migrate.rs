@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use super::args::{MigrateArgs, ProgressMode};
+use super::args::{MigrateArgs, OwningSide, ProgressMode, ResolveArgs};
 use super::exit::Exit;
 use super::interrupts::Interrupts;
 use super::output::{line, note, text};
@@ -73,6 +73,17 @@ pub(super) fn run(socket: &Path, args: &MigrateArgs) -> Result<Exit, ClientError
 pub(super) fn cancel(socket: &Path, id: Option<&str>) -> Result<(), ClientError> {
     let mut connection = Connection::connect(socket)?;
     connection.execute("migrate_cancel", query(id)).map(|_| ())
+}
+
+pub(super) fn resolve(socket: &Path, args: &ResolveArgs) -> Result<(), ClientError> {
+    let owner = match args.owner {
+        OwningSide::Source => "source",
+        OwningSide::Destination => "destination",
+    };
+    let mut connection = Connection::connect(socket)?;
+    connection
+        .execute("migrate-resolve", json!({"id": args.id, "owner": owner}))
+        .map(|_| ())
 }
 
 /// The arguments of `migrate`. Parameters are members of it.

@@ -40,11 +40,13 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
             let id = args.id.as_ref().map(|id| id.as_str());
             migrate::cancel(socket, id).map(|()| Exit::Done)
         }
+        Command::Resolve(args) => migrate::resolve(socket, &args).map(|()| Exit::Done),
         Command::Migrate(args) => migrate::run(socket, &args),
         Command::Sender(args) => return daemon(crate::sender::run(&args.config)),
         Command::Receiver(args) => return daemon(crate::receiver::run(&args.config)),
         Command::Demo(args) => return demo::run(&args),
         Command::Workload(args) => return workload::run(args),
+        Command::Guardian(args) => return guardian(&args),
         Command::Check(args) => return check(&args.file),
     };
     done.unwrap_or_else(|error| {
@@ -67,6 +69,22 @@ fn daemon(ended: Result<(), DaemonError>) -> Exit {
     match error {
         DaemonError::Configuration(_) => Exit::Configuration,
         DaemonError::Setup { .. } => Exit::Other,
+    }
+}
+
+/// Lets writers go on whose sender has died.
+fn guardian(args: &args::GuardianArgs) -> Exit {
+    let look = if args.now {
+        crate::guardian::release
+    } else {
+        crate::guardian::keep_watch
+    };
+    match look(&args.runtime_directory) {
+        Ok(()) => Exit::Done,
+        Err(error) => {
+            output::note(format_args!("memferry guardian: {error}"));
+            Exit::Other
+        }
     }
 }
 

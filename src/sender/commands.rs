@@ -10,7 +10,7 @@ use crate::config::{FreezeConfig, TrackerConfig};
 use crate::control::{Call, CommandError, CommandInfo, Commands, code};
 use crate::endpoint::Endpoint;
 use crate::name::Name;
-use crate::wire::Hex128;
+use crate::wire::{Hex128, Owner};
 
 use super::Sender;
 use super::registry::{self, Claim, Source};
@@ -27,6 +27,7 @@ const TABLE: &[CommandInfo] = &[
     command("query-regions", false),
     command("migrate", false),
     command("migrate_cancel", true),
+    command("migrate-resolve", false),
     command("query-migrate", false),
     command("query-status", false),
     command("quit", false),
@@ -64,6 +65,20 @@ struct RegionDel {
 #[serde(deny_unknown_fields)]
 struct OfAttempt {
     id: Option<Name>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Resolve {
+    id: Name,
+    owner: Side,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Side {
+    Source,
+    Destination,
 }
 
 #[derive(Deserialize)]
@@ -171,6 +186,7 @@ impl SenderCommands {
                 endpoint,
                 regions,
                 journal: Arc::clone(&self.sender.journal),
+                guardian: Arc::clone(&self.sender.guardian),
                 boot_id: self.sender.boot_id.clone(),
             };
             (attempt, claim, order)
@@ -229,6 +245,23 @@ impl SenderCommands {
         }
     }
 
+    fn resolve(&self, resolve: &Resolve) -> Result<Value, CommandError> {
+        let id = &resolve.id;
+        let attempt = self.sender.attempt(Some(id)).ok_or_else(|| no_such(id))?;
+        let owner = match resolve.owner {
+            Side::Source => Owner::Source,
+            Side::Destination => Owner::Destination,
+        };
+        if attempt.decide(owner) {
+            return Ok(json!({}));
+        }
+        let text = format!(
+            "Who owns the regions of '{id}' is no question: it is {}",
+            attempt.status().as_str()
+        );
+        Err(CommandError::new("not-indeterminate", text))
+    }
+
     fn query_migrate(&self, id: Option<&Name>) -> Result<Value, CommandError> {
         match (self.sender.attempt(id), id) {
             (Some(attempt), _) => Ok(attempt.to_json()),
@@ -257,6 +290,7 @@ impl Commands for SenderCommands {
             }
             "migrate" => self.migrate(call).await,
             "migrate_cancel" => self.cancel(call.parse::<OfAttempt>()?.id.as_ref()),
+            "migrate-resolve" => self.resolve(&call.parse()?),
             "query-migrate" => self.query_migrate(call.parse::<OfAttempt>()?.id.as_ref()),
             "query-status" => {
                 let Nothing {} = call.parse()?;

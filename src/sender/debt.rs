@@ -68,7 +68,8 @@ impl Debt {
 
     /// Adds what was written since the last time; gives how many pages that were.
     pub(super) async fn harvest(&mut self) -> Result<u64, TransferError> {
-        self.ask(|_, tracker, owed| tracker.harvest(owed)).await
+        self.ask(|region, tracker, owed| tracker.harvest(region, owed))
+            .await
     }
 
     /// Adds what trackers are blind to and what can be seen now that nothing writes.

@@ -27,6 +27,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::{SenderConfig, TransferParameters, load_sender};
 use crate::control::{CommandError, EventBus, Server};
 use crate::daemon::{self, DaemonError};
+use crate::guardian::Guardian;
 use crate::journal::{self, CommitSent, Journal};
 use crate::limits::ATTEMPTS_REMEMBERED_MAX;
 use crate::name::Name;
@@ -45,6 +46,7 @@ const STATUS_PAUSE: Duration = Duration::from_secs(1);
 struct Sender {
     parameters: TransferParameters,
     journal: Arc<Journal>,
+    guardian: Arc<Mutex<Guardian>>,
     boot_id: BootId,
     events: EventBus,
     state: Mutex<State>,
@@ -207,7 +209,10 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
         runtime.display()
     ));
     let journal = Journal::open(runtime).map_err(failed)?;
+    let guardian = Guardian::start(runtime)
+        .map_err(DaemonError::setup("start the guardian of stopped writers"))?;
     let sender = Arc::new(Sender {
+        guardian: Arc::new(Mutex::new(guardian)),
         parameters: config.transfer,
         journal: Arc::new(journal),
         boot_id: journal::boot_id().map_err(DaemonError::setup("read the boot id"))?,

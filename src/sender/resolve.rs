@@ -1,4 +1,5 @@
-//! After a commit whose answer was lost: asking the receiver until it says who owns the Regions.
+//! After a commit whose answer was lost: asking the receiver until it says who owns the Regions, or
+//! the operator does.
 
 use std::time::Duration;
 
@@ -27,8 +28,13 @@ pub(super) async fn resolve(
     let mut told = false;
     let owner = loop {
         let asked = tokio::select! {
-            asked = ask(record, attempt.parameters.stall_timeout) => asked,
+            biased;
             () = shutdown.cancelled() => return None,
+            owner = attempt.decided() => {
+                tracing::warn!(id = %attempt.id, ?owner, "the operator has decided who owns the regions");
+                Ok(owner)
+            }
+            asked = ask(record, attempt.parameters.stall_timeout) => asked,
         };
         match asked {
             Ok(Owner::Destination) => {
@@ -39,12 +45,13 @@ pub(super) async fn resolve(
             Ok(Owner::Source) => {
                 attempt.fail(&TransferError::Refused {
                     code: "not-owner".to_owned(),
-                    desc: "the receiver does not own the regions and never will: the writer goes on here".to_owned(),
+                    desc: "the receiver does not own the regions: the writer goes on here"
+                        .to_owned(),
                 });
                 break Owner::Source;
             }
             Ok(Owner::Unknown) if !told => {
-                tracing::error!(id = %attempt.id, "the receiver was booted since the commit and cannot know who owns the regions: look at the destination");
+                tracing::error!(id = %attempt.id, "the receiver was booted since the commit and cannot know who owns the regions: look at the destination, and decide with `memferry resolve`");
                 told = true;
             }
             Err(error) if !told => {
@@ -55,6 +62,7 @@ pub(super) async fn resolve(
         }
         tokio::select! {
             () = tokio::time::sleep(PAUSE) => {}
+            _ = attempt.decided() => {}
             () = shutdown.cancelled() => return None,
         }
     };

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::TransferParameters;
@@ -11,6 +12,7 @@ use crate::control::EventBus;
 use crate::limits::PAGE_BYTES;
 use crate::name::Name;
 use crate::stats::StreamStats;
+use crate::wire::Owner;
 
 /// Payload in one Iteration that is enough to judge a rate by.
 const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
@@ -102,6 +104,8 @@ pub(super) struct Attempt {
     pub(super) streams: Vec<Arc<StreamStats>>,
     pub(super) cancel: CancellationToken,
     pub(super) started: Instant,
+    /// What the operator says about who owns the Regions.
+    decision: watch::Sender<Option<Owner>>,
     events: EventBus,
     state: Mutex<State>,
 }
@@ -124,6 +128,7 @@ impl Attempt {
             parameters,
             cancel: CancellationToken::new(),
             started: Instant::now(),
+            decision: watch::Sender::new(None),
             events,
             state: Mutex::new(State {
                 status: Status::Setup,
@@ -215,6 +220,26 @@ impl Attempt {
         }
         self.announce(Status::Cancelling);
         true
+    }
+
+    /// The operator says who owns the Regions; `false` if that is no question now.
+    pub(super) fn decide(&self, owner: Owner) -> bool {
+        let open = self.status() == Status::Indeterminate;
+        if open {
+            self.decision.send_replace(Some(owner));
+        }
+        open
+    }
+
+    /// Waits until the operator has said who owns the Regions.
+    pub(super) async fn decided(&self) -> Owner {
+        let mut decision = self.decision.subscribe();
+        let decided = decision.wait_for(Option::is_some).await;
+        // `self` holds the sending end, so it is there as long as anybody waits.
+        decided
+            .ok()
+            .and_then(|owner| *owner)
+            .unwrap_or(Owner::Unknown)
     }
 
     /// The commit is about to be recorded; `false` if a cancel came first. One lock decides which.

@@ -3,7 +3,7 @@
 //! Up to the commit record any failure ends with the writer running and nothing at the destination;
 //! behind it nothing thaws the writer until the receiver has said that it is not the owner (rule 4).
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -13,6 +13,7 @@ use crate::config::{FreezeConfig, Integrity, TransferParameters, WhenNotConvergi
 use crate::dirty::Tracker;
 use crate::endpoint::Endpoint;
 use crate::freeze::{FreezeError, Freezer, Frozen};
+use crate::guardian::Guardian;
 use crate::iteration::{Next, Plan, State};
 use crate::journal::{CommitSent, Journal};
 use crate::limits::PAGE_BYTES;
@@ -51,6 +52,7 @@ pub(super) struct Order {
     pub(super) endpoint: Endpoint,
     pub(super) regions: Vec<Registered>,
     pub(super) journal: Arc<Journal>,
+    pub(super) guardian: Arc<Mutex<Guardian>>,
     pub(super) boot_id: BootId,
 }
 
@@ -62,6 +64,8 @@ pub(super) struct Transfer {
     nonce: Hex128,
     debt: Debt,
     iteration: u32,
+    /// Bytes that were left when the last Iteration began.
+    remaining_before: u64,
     /// Pages that the last Iteration found changed by reading them.
     changed_pages: u64,
     inspect_bytes_per_second: u64,
@@ -112,6 +116,7 @@ impl Transfer {
             attempt,
             parameters,
             iteration: 0,
+            remaining_before: u64::MAX,
             changed_pages: 0,
             inspect_bytes_per_second: 0,
             totals: Vec::new(),
@@ -259,6 +264,7 @@ impl Transfer {
         let state = State {
             iterations: self.iteration,
             remaining_bytes: self.remaining_bytes()?,
+            remaining_bytes_before: self.remaining_before,
             inspect_bytes,
             bytes_per_second: self.attempt.bytes_per_second(),
             inspect_bytes_per_second: self.inspect_bytes_per_second,
@@ -306,6 +312,9 @@ impl Transfer {
     /// released and everything that was sent is applied, on every stream. Gives how many pages the
     /// trackers say were written meanwhile.
     async fn iterate(&mut self) -> Result<u64, TransferError> {
+        if self.iteration > 0 {
+            self.remaining_before = self.remaining_bytes()?;
+        }
         self.iteration += 1;
         let started = Instant::now();
         let plan = self
@@ -378,6 +387,10 @@ impl Transfer {
             .map(|registered| registered.freezer.clone())
             .collect();
         let freeze_timeout = self.parameters.freeze_timeout;
+        // Before the first is stopped, so that none is left stopped whoever dies when.
+        self.guardian()
+            .note(self.nonce, Frozen::record_of(&freezers)?)
+            .map_err(TransferError::local("note what is to be frozen"))?;
         self.frozen_since = Instant::now();
         // Kept, so that a cancel that comes just now waits for the end of it and thaws.
         let freezing = self.freezing.insert(spawn_blocking(move || {
@@ -468,6 +481,13 @@ impl Transfer {
         Ok(())
     }
 
+    fn guardian(&self) -> MutexGuard<'_, Guardian> {
+        self.order
+            .guardian
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The point of no return: from here on only the receiver can say who owns the Regions, and the
     /// writers stay stopped whatever becomes of this process.
     fn record_commit(&mut self) -> Result<CommitSent, TransferError> {
@@ -486,6 +506,7 @@ impl Transfer {
         let written = self.order.journal.decide(self.nonce, record);
         let record = written.map_err(TransferError::local("record the commit"))?;
         std::mem::take(&mut self.frozen).keep();
+        self.guardian().forget(self.nonce);
         Ok(record)
     }
 
@@ -516,12 +537,13 @@ impl Transfer {
     }
 
     /// Back to where it was: the writer first.
-    async fn undo(self, error: &TransferError) {
-        drop(self.frozen);
+    async fn undo(mut self, error: &TransferError) {
+        drop(std::mem::take(&mut self.frozen));
         self.debt.restore();
-        if let Some(freezing) = self.freezing {
+        if let Some(freezing) = self.freezing.take() {
             drop(freezing.await);
         }
+        self.guardian().forget(self.nonce);
         if let Some(talk) = &self.talk {
             let abort = FromSender::Abort {
                 code: error.code().into(),

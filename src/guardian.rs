@@ -1,0 +1,253 @@
+//! Nobody's death leaves a writer standing still.
+//!
+//! Before a sender stops a process it writes down which; before it sends a commit it writes that down
+//! too, and only then takes the first note back. So whoever finds a note without a commit knows that
+//! the process has to go on, and that nobody else can own its memory. Three look: the guardian, a child
+//! of the sender that outlives it by the moment this takes; `ExecStopPost` of the unit; and the next
+//! sender on the same directory.
+
+use std::io::{self, Read};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{SigSet, Signal};
+use serde::{Deserialize, Serialize};
+
+use crate::freeze::StoppedProcess;
+use crate::journal::{self, CommitSent, Journal};
+use crate::wire::{BootId, Hex128};
+
+/// Notes about processes that are to be stopped, beside the journal of commits.
+const NOTES: &str = "frozen";
+
+/// What is written down before processes are stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Note {
+    nonce: Hex128,
+    boot_id: BootId,
+    stopped: Vec<StoppedProcess>,
+}
+
+/// Keeps the notes of a sender, and a guardian that reads them should the sender die.
+#[derive(Debug)]
+pub struct Guardian {
+    runtime_directory: PathBuf,
+    notes: Journal,
+    boot_id: BootId,
+    child: Option<Child>,
+}
+
+impl Guardian {
+    /// Takes care of the sender with this runtime directory: lets go on what an earlier one left
+    /// stopped, and starts the child that will do so for this one.
+    pub fn start(runtime_directory: &Path) -> io::Result<Self> {
+        release(runtime_directory)?;
+        let mut guardian = Self {
+            runtime_directory: runtime_directory.to_owned(),
+            notes: Journal::open(&runtime_directory.join(NOTES))?,
+            boot_id: journal::boot_id()?,
+            child: None,
+        };
+        guardian.watch()?;
+        Ok(guardian)
+    }
+
+    /// Sees to it that the child lives.
+    fn watch(&mut self) -> io::Result<()> {
+        if let Some(child) = &mut self.child
+            && child.try_wait()?.is_none()
+        {
+            return Ok(());
+        }
+        // Its standard input is the other end of a pipe that only we hold: it ends when we do.
+        let child = Command::new(std::env::current_exe()?)
+            .arg("guardian")
+            .arg(&self.runtime_directory)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .process_group(0)
+            .spawn()?;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// Writes down what is about to be stopped for an attempt.
+    pub fn note(&mut self, nonce: Hex128, stopped: Vec<StoppedProcess>) -> io::Result<()> {
+        self.watch()?;
+        let note = Note {
+            nonce,
+            boot_id: self.boot_id.clone(),
+            stopped,
+        };
+        self.notes.decide(nonce, note).map(|_| ())
+    }
+
+    /// Takes the note back: the processes go on, or the commit is recorded.
+    pub fn forget(&self, nonce: Hex128) {
+        if let Err(error) = self.notes.remove(nonce)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%nonce, %error, "cannot remove the note about a stopped process");
+        }
+    }
+}
+
+/// Lets every process go on that a sender which has died had stopped, unless it may have handed the
+/// memory over. What cannot be started again keeps its note.
+pub fn release(runtime_directory: &Path) -> io::Result<()> {
+    let notes = runtime_directory.join(NOTES);
+    if !notes.exists() {
+        return Ok(());
+    }
+    let (notes, commits) = (Journal::open(&notes)?, Journal::open(runtime_directory)?);
+    let boot_id = journal::boot_id()?;
+    for note in notes.all::<Note>()? {
+        let committed = commits.find::<CommitSent>(note.nonce)?.is_some();
+        if !committed && note.boot_id == boot_id {
+            for process in &note.stopped {
+                process.thaw().map_err(io::Error::other)?;
+                tracing::warn!(nonce = %note.nonce, ?process, "its sender died: the writer goes on");
+            }
+        }
+        notes.remove(note.nonce)?;
+    }
+    Ok(())
+}
+
+/// What the child does: waits until the sender has died, and looks.
+pub fn keep_watch(runtime_directory: &Path) -> io::Result<()> {
+    // A stop of the whole service asks every process of it to end. The sender does, in order; this one
+    // follows it.
+    let mut asked = SigSet::empty();
+    asked.add(Signal::SIGTERM);
+    asked.add(Signal::SIGINT);
+    asked.add(Signal::SIGHUP);
+    asked.thread_block()?;
+    io::stdin().lock().read_to_end(&mut Vec::new())?;
+    release(runtime_directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::freeze::{Freezer, Frozen, Process};
+    use crate::name::Name;
+
+    struct Sleeper(Child);
+
+    impl Sleeper {
+        fn start() -> Self {
+            Self(Command::new("sleep").arg("600").spawn().unwrap())
+        }
+
+        fn freezer(&self) -> Freezer {
+            Freezer::Pid(Arc::new(Process::open(self.0.id().cast_signed()).unwrap()))
+        }
+
+        /// Stops it, and says what a note says about it.
+        fn stop(&self) -> Vec<StoppedProcess> {
+            let record = Frozen::record_of(&[self.freezer()]).unwrap();
+            Frozen::freeze(&[self.freezer()], Duration::from_secs(20))
+                .unwrap()
+                .keep();
+            record
+        }
+
+        fn runs(&self) -> bool {
+            !Frozen::record_of(&[self.freezer()]).unwrap().is_empty()
+        }
+
+        fn comes_to_run(&self) -> bool {
+            let started = Instant::now();
+            while !self.runs() && started.elapsed() < Duration::from_secs(20) {
+                std::thread::yield_now();
+            }
+            self.runs()
+        }
+    }
+
+    impl Drop for Sleeper {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn notes(directory: &Path) -> Journal {
+        Journal::open(&directory.join(NOTES)).unwrap()
+    }
+
+    fn note(directory: &Path, stopped: Vec<StoppedProcess>) -> Hex128 {
+        let nonce = Hex128([1; 16]);
+        let boot_id = journal::boot_id().unwrap();
+        notes(directory)
+            .decide(
+                nonce,
+                Note {
+                    nonce,
+                    boot_id,
+                    stopped,
+                },
+            )
+            .unwrap();
+        nonce
+    }
+
+    #[test]
+    fn what_a_dead_sender_stopped_goes_on() {
+        let (directory, sleeper) = (tempfile::tempdir().unwrap(), Sleeper::start());
+        note(directory.path(), sleeper.stop());
+        release(directory.path()).unwrap();
+        assert!(sleeper.comes_to_run());
+        assert_eq!(notes(directory.path()).all::<Note>().unwrap(), []);
+        release(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn what_may_have_been_handed_over_stays_stopped() {
+        let (directory, sleeper) = (tempfile::tempdir().unwrap(), Sleeper::start());
+        let stopped = sleeper.stop();
+        let nonce = note(directory.path(), stopped.clone());
+        let boot_id = journal::boot_id().unwrap();
+        let commit = CommitSent {
+            nonce,
+            id: Name::new("a").unwrap(),
+            uri: "tcp:h:1".to_owned(),
+            boot_id: boot_id.clone(),
+            receiver_boot_id: boot_id,
+            regions: Vec::new(),
+            stopped,
+        };
+        Journal::open(directory.path())
+            .unwrap()
+            .decide(nonce, commit)
+            .unwrap();
+        release(directory.path()).unwrap();
+        assert!(!sleeper.runs());
+    }
+
+    #[test]
+    fn a_note_of_another_boot_means_nobody() {
+        let (directory, sleeper) = (tempfile::tempdir().unwrap(), Sleeper::start());
+        let (nonce, stopped) = (Hex128([1; 16]), sleeper.stop());
+        let boot_id = BootId("another".into());
+        notes(directory.path())
+            .decide(
+                nonce,
+                Note {
+                    nonce,
+                    boot_id,
+                    stopped,
+                },
+            )
+            .unwrap();
+        release(directory.path()).unwrap();
+        assert!(!sleeper.runs());
+        assert_eq!(notes(directory.path()).all::<Note>().unwrap(), []);
+    }
+}

@@ -1,0 +1,413 @@
+//! A seeded model of an attempt: the real streams, trackers, plans and assembly over channels that write
+//! short, release late and die, with a writer that changes pages at every moment between two steps.
+//! Whatever happens, what the receiver holds after the last frozen pass is what the source holds.
+//!
+//! A run follows from its seed alone: the streams are threads, but only one of them runs at a time,
+//! and which one goes on is drawn from the seed ([`turns`]). A failure prints the seed; with
+//! `MEMFERRY_SEED=… MEMFERRY_MODEL_RUNS=1` the same run comes again. `MEMFERRY_MODEL_RUNS` alone makes
+//! the search longer.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "also the helpers of a test end it by a panic, and tell what led there"
+)]
+
+mod channel;
+mod turns;
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use memferry::assembly::Assembly;
+use memferry::channel::Patience;
+use memferry::dirty::{BitmapTracker, Exact, Tracker};
+use memferry::iteration::{Plan, Run};
+use memferry::limits::{PACKET_BYTES_MIN, PAGE_BYTES};
+use memferry::name::Name;
+use memferry::pages::{PageRange, PageSet, pages_in};
+use memferry::region::{Access, Region};
+use memferry::stats::StreamStats;
+use memferry::stream::{
+    Destination, IncomingSetup, IncomingStream, Job, OutgoingStream, Pace, Pass, Report,
+    StreamError, StreamSetup, ZeroCopyWish,
+};
+use memferry::sys::wake::Wake;
+use memferry::wire::StreamTotals;
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use channel::{Faults, Loans, SenderEnd};
+use turns::{Random, Turns, World};
+
+const RUNS_DEFAULT: u64 = 200;
+
+/// Attempts after which even the unluckiest run has got through.
+const ATTEMPTS_MAX: u32 = 100;
+
+fn memfd(bytes: u64) -> File {
+    let file = File::from(
+        memfd_create("model", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap(),
+    );
+    file.set_len(bytes).unwrap();
+    file
+}
+
+fn name(index: usize) -> Name {
+    format!("r{index}").parse().unwrap()
+}
+
+fn punch(file: &File, offset: u64, bytes: u64) -> io::Result<()> {
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let signed = |n: u64| i64::try_from(n).unwrap();
+    Ok(fallocate(file, flags, signed(offset), signed(bytes))?)
+}
+
+/// A Region at the source: its bytes, and the bitmap in which its writer marks pages.
+struct Memory {
+    file: File,
+    marks: File,
+    marked: Arc<Mutex<Exact>>,
+}
+
+impl Memory {
+    fn new(bytes: u64) -> Self {
+        let pages = pages_in(bytes);
+        let marks = memfd(pages.div_ceil(64) * 8);
+        let seal = FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK);
+        fcntl(&marks, seal).unwrap();
+        let tracker = BitmapTracker::new(marks.try_clone().unwrap().into(), pages).unwrap();
+        Self {
+            file: memfd(bytes),
+            marks,
+            marked: Arc::new(Mutex::new(Exact::Bitmap(tracker))),
+        }
+    }
+}
+
+/// Where a Region arrives.
+#[derive(Debug)]
+struct Arriving(Region);
+
+impl Destination for Arriving {
+    fn region(&self) -> &Region {
+        &self.0
+    }
+
+    fn clear(&self, range: PageRange) -> io::Result<()> {
+        punch(self.0.file(), range.offset(), range.bytes(self.0.bytes()))
+    }
+}
+
+/// Who writes, and how that is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tracking {
+    /// Nobody does.
+    None,
+    /// By reading. Needs checksums.
+    Scan,
+    /// The writer marks what it has written.
+    Bitmap,
+}
+
+/// What is drawn once for a run.
+#[derive(Debug)]
+struct Shape {
+    streams: u16,
+    tracking: Tracking,
+    integrity: bool,
+    zero_copy: ZeroCopyWish,
+    packet_bytes: u64,
+    window: u64,
+    faults: Faults,
+}
+
+impl Shape {
+    fn draw(random: &mut Random) -> Self {
+        let tracking = match random.below(7) {
+            0 => Tracking::None,
+            1..5 => Tracking::Scan,
+            _ => Tracking::Bitmap,
+        };
+        let zero_copy = match random.below(3) {
+            0 => ZeroCopyWish::Auto,
+            1 => ZeroCopyWish::Always(String::new()),
+            _ => ZeroCopyWish::Off(String::new()),
+        };
+        Self {
+            streams: 1 + u16::try_from(random.below(4)).unwrap(),
+            tracking,
+            integrity: tracking == Tracking::Scan || random.one_in(2),
+            zero_copy,
+            packet_bytes: PACKET_BYTES_MIN << random.below(3),
+            window: PACKET_BYTES_MIN << random.below(4),
+            faults: Faults::draw(random),
+        }
+    }
+}
+
+/// One attempt of a run, as `sender` conducts it.
+struct Attempt<'a> {
+    shape: &'a Shape,
+    turns: Arc<Turns>,
+    sources: Arc<[(Arc<Region>, Tracker)]>,
+    destinations: Arc<[Arriving]>,
+    assembly: Arc<Assembly>,
+    streams: Vec<OutgoingStream>,
+    owed: Vec<PageSet>,
+    iteration: u32,
+    totals: Vec<StreamTotals>,
+    torn_pages: u64,
+}
+
+impl<'a> Attempt<'a> {
+    fn new(shape: &'a Shape, turns: &Arc<Turns>, memory: &[Memory], epoch: u32) -> Self {
+        let source = |(index, memory): (usize, &Memory)| {
+            let fd = memory.file.try_clone().unwrap().into();
+            let region = Region::from_descriptor(name(index), fd).unwrap();
+            let tracker = match shape.tracking {
+                Tracking::None => Tracker::None,
+                Tracking::Scan => Tracker::scan(&region).unwrap(),
+                Tracking::Bitmap => Tracker::Exact(Arc::clone(&memory.marked)),
+            };
+            (Arc::new(region), tracker)
+        };
+        let sources: Arc<[_]> = memory.iter().enumerate().map(source).collect();
+        let arriving = |(region, _): &(Arc<Region>, Tracker)| {
+            let file = memfd(region.bytes());
+            let region = Region::new(region.name().clone(), String::new(), file, Access::Write);
+            Arriving(region.unwrap())
+        };
+        let destinations: Arc<[_]> = sources.iter().map(arriving).collect();
+        let offered = sources.iter().map(|(r, _)| (r.name().clone(), r.bytes()));
+        let assembly = Arc::new(Assembly::new(epoch, shape.streams, offered));
+        let mut attempt = Self {
+            shape,
+            turns: Arc::clone(turns),
+            owed: sources
+                .iter()
+                .map(|(region, _)| PageSet::full(region.pages()))
+                .collect(),
+            sources,
+            destinations,
+            assembly,
+            streams: Vec::new(),
+            iteration: 0,
+            totals: Vec::new(),
+            torn_pages: 0,
+        };
+        attempt.open_streams(epoch);
+        attempt
+    }
+
+    fn open_streams(&mut self, epoch: u32) {
+        let wake = Wake::new().unwrap();
+        let patience = Patience {
+            stall_timeout: Duration::from_secs(60),
+            wake: wake.clone(),
+        };
+        let setup = StreamSetup {
+            regions: Arc::clone(&self.sources),
+            integrity: self.shape.integrity,
+            window: self.shape.window,
+            pace: Arc::new(Pace::new(0, Instant::now())),
+            stall_timeout: patience.stall_timeout,
+            wake,
+            epoch,
+        };
+        let incoming = IncomingSetup {
+            assembly: Arc::clone(&self.assembly),
+            destinations: Arc::clone(&self.destinations),
+            integrity: self.shape.integrity,
+            received: Arc::default(),
+        };
+        let loans = Arc::new(Loans::default());
+        for index in 0..self.shape.streams {
+            let faults = self.shape.faults;
+            let (end, other) = channel::pair(index.into(), &self.turns, faults, &loans);
+            let receiver = IncomingStream::new(index, Box::new(other), &patience, &incoming);
+            let sender = SenderEnd::new(end, receiver);
+            self.streams.push(OutgoingStream::new(
+                index,
+                Box::new(sender),
+                setup.clone(),
+                self.shape.zero_copy.clone(),
+                Arc::new(StreamStats::default()),
+            ));
+        }
+    }
+
+    /// All of it: some passes while the writer writes, one while it is frozen, and the verdict.
+    fn run(&mut self) -> Result<(), StreamError> {
+        for (region, tracker) in &*self.sources {
+            tracker.begin(region).unwrap();
+        }
+        if self.shape.tracking != Tracking::None {
+            self.turns.set_writing(true);
+            for _ in 0..self.turns.draw(|random| random.below(4)) {
+                self.iterate()?;
+            }
+            self.turns.set_writing(false);
+        }
+        self.harvest();
+        self.iterate()?;
+        let owed: u64 = self.owed.iter().map(PageSet::count).sum();
+        assert_eq!(owed, 0, "nothing is torn while nothing writes");
+        let changed = self.pass(Pass::Check)?.iter().map(|r| r.pages).sum::<u64>();
+        assert_eq!(changed, 0, "nothing changes while nothing writes");
+        let verdict = self.assembly.verdict(&self.totals);
+        assert_eq!(verdict, Ok(()));
+        Ok(())
+    }
+
+    fn pass(&mut self, pass: Pass) -> Result<Vec<Report>, StreamError> {
+        let mut runs: Vec<Run> = Vec::new();
+        for ((index, (region, tracker)), owed) in (0..).zip(&*self.sources).zip(&self.owed) {
+            tracker.plan(index, region, owed, self.iteration == 1, &mut runs)?;
+        }
+        let plan = Arc::new(Plan::new(self.iteration, self.shape.packet_bytes, runs));
+        let turns = &self.turns;
+        turns.begin(self.streams.len());
+        let results: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = self
+                .streams
+                .iter_mut()
+                .enumerate()
+                .map(|(me, stream)| {
+                    let plan = Arc::clone(&plan);
+                    scope.spawn(move || {
+                        let _turn = turns.enter(me);
+                        stream.run(&Job { plan, pass })
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        results.into_iter().collect()
+    }
+
+    fn iterate(&mut self) -> Result<(), StreamError> {
+        self.iteration += 1;
+        let reports = self.pass(Pass::Send)?;
+        self.totals = reports.iter().map(|report| report.totals).collect();
+        for owed in &mut self.owed {
+            *owed = PageSet::empty(owed.pages());
+        }
+        for &(region, range) in reports.iter().flat_map(|report| &report.torn) {
+            self.owed[region as usize].insert(range);
+            self.torn_pages += range.count;
+        }
+        assert_eq!(self.assembly.iterations(), self.iteration);
+        self.harvest();
+        Ok(())
+    }
+
+    fn harvest(&mut self) {
+        for ((region, tracker), owed) in self.sources.iter().zip(&mut self.owed) {
+            tracker.harvest(region, owed).unwrap();
+        }
+    }
+
+    fn assert_identical(&self) {
+        for ((source, _), destination) in self.sources.iter().zip(&*self.destinations) {
+            for page in 0..source.pages() {
+                let range = PageRange {
+                    first: page,
+                    count: 1,
+                };
+                let (mut a, mut b) = ([0; 4096], [0; 4096]);
+                let sent = source.read(range, &mut a).unwrap();
+                let arrived = destination.0.read(range, &mut b).unwrap();
+                assert!(sent == arrived, "page {page} of {} is stale", source.name());
+            }
+        }
+    }
+}
+
+/// Says how to repeat a run that fails.
+struct Seed(u64);
+
+impl Drop for Seed {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let seed = self.0;
+            eprintln!("to repeat: MEMFERRY_SEED={seed} MEMFERRY_MODEL_RUNS=1");
+        }
+    }
+}
+
+/// What the runs met, so that a model which meets nothing is noticed.
+#[derive(Debug, Default)]
+struct Met {
+    failed_attempts: u64,
+    torn_pages: u64,
+    completed: u64,
+}
+
+fn run(seed: u64, met: &mut Met) {
+    let _seed = Seed(seed);
+    let mut random = Random::new(seed);
+    let shape = Shape::draw(&mut random);
+    let memory: Vec<Memory> = (0..1 + random.below(3))
+        .map(|_| {
+            let partial = random.below(2) * random.below(PAGE_BYTES);
+            Memory::new(random.below(80) * PAGE_BYTES + partial)
+        })
+        .collect();
+    let turns = Arc::new(Turns::new(random, World::new(&memory)));
+    turns.scribble(200);
+    for epoch in 0..ATTEMPTS_MAX {
+        let mut attempt = Attempt::new(&shape, &turns, &memory, epoch);
+        let ended = attempt.run();
+        met.torn_pages += attempt.torn_pages;
+        match ended {
+            Ok(()) => {
+                attempt.assert_identical();
+                met.completed += 1;
+                return;
+            }
+            // The one thing that may go wrong here is that a connection breaks.
+            Err(StreamError::Lost { .. }) => met.failed_attempts += 1,
+            Err(error) => panic!("{error}"),
+        }
+        for stream in attempt.streams {
+            let _ = stream.abandon();
+        }
+        for (_, tracker) in &*attempt.sources {
+            tracker.restore();
+        }
+        if shape.tracking != Tracking::None {
+            turns.scribble(5);
+        }
+    }
+    panic!("{ATTEMPTS_MAX} attempts were not enough");
+}
+
+fn number(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable} is no number: {text}")),
+    )
+}
+
+#[test]
+fn after_the_last_frozen_pass_no_page_at_the_receiver_is_stale() {
+    let first = number("MEMFERRY_SEED").unwrap_or_else(|| getrandom::u64().unwrap());
+    let runs = number("MEMFERRY_MODEL_RUNS").unwrap_or(RUNS_DEFAULT);
+    println!("MEMFERRY_SEED={first}");
+    let mut met = Met::default();
+    for run_number in 0..runs {
+        run(first.wrapping_add(run_number), &mut met);
+    }
+    println!("{met:?}");
+    assert_eq!(met.completed, runs);
+    if runs >= RUNS_DEFAULT {
+        assert!(
+            met.failed_attempts > 0 && met.torn_pages > 0,
+            "{met:?}: too easy"
+        );
+    }
+}
