@@ -29,7 +29,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(2);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long another daemon may take to start on the same directory, and how often we look.
-const START_WAIT: (Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(5));
+const START_WAIT: (Duration, Duration) = (Duration::from_secs(2), Duration::from_millis(5));
 
 /// Locks a directory, waiting for a moment if somebody else has.
 fn lock(directory: &Path) -> io::Result<Flock<File>> {
