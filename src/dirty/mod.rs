@@ -380,4 +380,50 @@ mod tests {
             [(7, 1, Look::Hole)]
         );
     }
+
+    #[test]
+    fn a_hole_punched_past_the_registered_mapping_is_found_when_the_writer_stands_still() {
+        let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(100 * PAGE_BYTES).unwrap();
+        for page in 10..20 {
+            file.write_all_at(&[1], page * PAGE_BYTES).unwrap();
+        }
+        let bytes = usize::try_from(100 * PAGE_BYTES).unwrap();
+        let mapping =
+            crate::region::Mapping::new(&file, bytes, crate::region::Access::Write).unwrap();
+        let uffd = crate::sys::uffd::Uffd::new().unwrap();
+        uffd.track(&mapping).unwrap();
+        let address = mapping.address().unwrap().addr().get() as u64;
+        let pagemap = crate::sys::pagemap::own().unwrap().into();
+        let pagemap = PagemapTracker::new(pagemap, uffd.into(), address, 100 * PAGE_BYTES).unwrap();
+        let exact = Exact::Pagemap(pagemap, PageSet::empty(100));
+        let tracker = Tracker::Exact(Arc::new(Mutex::new(exact)));
+        let fd = file.try_clone().unwrap().into();
+        let region = Region::from_descriptor(Name::new("r").unwrap(), fd).unwrap();
+
+        tracker.begin(&region).unwrap();
+        let mut owed = PageSet::empty(100);
+        mapping.span_mut(0, 1).unwrap().fill_from(&[7]);
+        assert_eq!(tracker.harvest(&region, &mut owed).unwrap(), 1);
+        tracker.look_again(&region, &mut owed).unwrap();
+        assert_eq!(
+            owed.runs()
+                .map(|run| (run.first, run.count))
+                .collect::<Vec<_>>(),
+            [(0, 1)]
+        );
+
+        use nix::fcntl::{FallocateFlags, fallocate};
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&file, punch, 12 * 4096, 3 * 4096).unwrap();
+        let mut owed = PageSet::empty(100);
+        tracker.harvest(&region, &mut owed).unwrap();
+        tracker.look_again(&region, &mut owed).unwrap();
+        assert_eq!(
+            owed.runs()
+                .map(|run| (run.first, run.count))
+                .collect::<Vec<_>>(),
+            [(12, 3)]
+        );
+    }
 }

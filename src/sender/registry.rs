@@ -129,6 +129,14 @@ impl Registry {
             Source::Descriptor(fd) => Region::from_descriptor(name.clone(), fd),
         };
         let region = region.map_err(|error| CommandError::new(error.code(), error.to_string()))?;
+        if matches!(
+            (&tracker, freeze),
+            (TrackerConfig::Bitmap { .. }, FreezeConfig::Pid(_))
+        ) {
+            // Stopped between a write and its mark, the writer would lose that write.
+            let text = "tracker bitmap needs a writer that publishes its marks before it stands still, which SIGSTOP does not wait for: use freeze none and stop it yourself, or tracker pagemap";
+            return Err(CommandError::new(code::INVALID_ARGUMENT, text));
+        }
         let tracking = Tracking::new(&tracker, &region, descriptors)?;
         let freezer = match freeze {
             FreezeConfig::None => Freezer::None,

@@ -391,15 +391,32 @@ pub(crate) struct Writer {
 impl Writer {
     /// Writes at `rate` to the first `working_set` bytes of a new file of `size` bytes.
     pub(crate) fn start(path: &Path, size: u64, rate: &str, working_set: u64) -> Self {
-        let mut child = memferry()
+        Self::with(path, size, rate, working_set, None)
+    }
+
+    /// The same; the writer registers itself as Region `r` with the sender of this control socket.
+    pub(crate) fn register(
+        path: &Path,
+        size: u64,
+        rate: &str,
+        working_set: u64,
+        socket: &Path,
+    ) -> Self {
+        Self::with(path, size, rate, working_set, Some(socket))
+    }
+
+    fn with(path: &Path, size: u64, rate: &str, working_set: u64, socket: Option<&Path>) -> Self {
+        let mut command = memferry();
+        command
             .args(["workload", "--dirty-rate", rate])
             .args(["--size", &size.to_string()])
             .args(["--working-set", &working_set.to_string()])
             .arg("--path")
-            .arg(path)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .arg(path);
+        if let Some(socket) = socket {
+            command.arg("--register").arg(socket).args(["--name", "r"]);
+        }
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         let stdout = child.stdout.take().unwrap();
         BufReader::new(stdout).read_line(&mut line).unwrap();

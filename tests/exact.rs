@@ -1,0 +1,211 @@
+//! Exact trackers between real processes: what the kernel's page tables or the writer's own bitmap say
+//! was written is what is sent again, and nothing that was written is missing.
+#![allow(
+    clippy::unwrap_used,
+    reason = "also the helpers of a test end it by a panic"
+)]
+
+mod common;
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use common::memory::{MIB, PAGE, assert_same, dense};
+use common::{Pair, Writer};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde_json::{Value, json};
+
+#[test]
+fn a_registered_writer_is_moved_with_what_it_wrote_to_the_last_page() {
+    for (streams, rate) in [(1, "40MiB/s"), (2, "0"), (8, "200MiB/s")] {
+        let mut pair = Pair::new();
+        let writer = Writer::register(
+            &pair.stage.path("r"),
+            8 * MIB,
+            rate,
+            2 * MIB,
+            pair.sender.socket(),
+        );
+        let regions = pair.sender.call("query-regions", Value::Null);
+        assert_eq!(regions[0]["tracker"]["kind"], "pagemap", "{regions:#}");
+        let done = pair.transfer("r", json!({"streams": streams}));
+        assert!(writer.is_stopped());
+        assert_same(&writer.path, &pair.destination("r"));
+        let passes = done["iterations"].as_array().unwrap();
+        let sent: u64 = passes[1..]
+            .iter()
+            .map(|pass| pass["pages"].as_u64().unwrap())
+            .sum();
+        let most = passes.len() as u64 * 2 * MIB / PAGE;
+        assert!(sent <= most, "later passes send what was written: {done:#}");
+        if rate == "0" {
+            assert_eq!(sent, 0, "nothing was written: {done:#}");
+        }
+    }
+}
+
+#[test]
+fn a_writer_that_dies_ends_the_transfer_by_name() {
+    let mut pair = Pair::new();
+    let path = pair.stage.path("r");
+    let writer = Writer::register(&path, 8 * MIB, "1MiB/s", MIB, pair.sender.socket());
+    pair.begin("r", json!({"max-bandwidth": "4MiB/s"}));
+    pair.sender.wait("r", "active");
+    drop(writer);
+    pair.sender.wait_failed("r", "writer-gone");
+    pair.assert_nothing_happened(&[]);
+}
+
+/// A Region of `pages` pages whose writer, this test, shares a bitmap.
+struct Marked {
+    pair: Pair,
+    memory: File,
+    bitmap: File,
+}
+
+impl Marked {
+    fn new(pages: u64) -> Self {
+        let mut pair = Pair::new();
+        let path = pair.stage.path("r");
+        dense(&path, pages * PAGE, 1);
+        let memory = File::options().read(true).write(true).open(&path).unwrap();
+        let bitmap = memfd_create(
+            "bitmap",
+            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
+        );
+        let bitmap = File::from(bitmap.unwrap());
+        bitmap.set_len(pages.div_ceil(64) * 8).unwrap();
+        fcntl(&bitmap, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        pair.sender
+            .control()
+            .send_fd("marks", bitmap.as_fd())
+            .unwrap();
+        let tracker = json!({"kind": "bitmap", "fdname": "marks"});
+        pair.sender.call(
+            "region-add",
+            json!({"name": "r", "path": path, "tracker": tracker}),
+        );
+        Self {
+            pair,
+            memory,
+            bitmap,
+        }
+    }
+
+    /// Writes a page, and marks it behind that.
+    fn write(&self, page: u64) {
+        self.memory.write_all_at(b"written", page * PAGE).unwrap();
+        let mut byte = [0];
+        self.bitmap.read_exact_at(&mut byte, page / 8).unwrap();
+        byte[0] |= 1 << (page % 8);
+        self.bitmap.write_all_at(&byte, page / 8).unwrap();
+    }
+
+    fn marks(&self) -> Vec<u64> {
+        let mut bytes = vec![0; usize::try_from(self.bitmap.metadata().unwrap().len()).unwrap()];
+        self.bitmap.read_exact_at(&mut bytes, 0).unwrap();
+        let pages = (0u64..).zip(bytes.iter());
+        pages
+            .flat_map(|(byte, bits)| {
+                (0..8)
+                    .filter(move |bit| bits >> bit & 1 == 1)
+                    .map(move |bit| byte * 8 + bit)
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn marked_pages_are_sent_and_their_marks_are_taken() {
+    let mut marked = Marked::new(200);
+    marked.write(7);
+    marked.write(199);
+    marked.pair.transfer("r", json!({}));
+    assert_eq!(marked.marks(), [0; 0]);
+    assert_same(&marked.pair.stage.path("r"), &marked.pair.destination("r"));
+}
+
+#[test]
+fn the_marks_of_a_failed_transfer_come_back() {
+    let mut marked = Marked::new(200);
+    marked.write(7);
+    marked.write(150);
+    // A receiver that has the name already is met after the trackers were begun, or not: both ways
+    // nothing may be forgotten. One that goes away is met for certain after the first pass.
+    marked.pair.begin("r", json!({"max-bandwidth": "1MiB/s"}));
+    marked.pair.sender.wait("r", "active");
+    marked
+        .pair
+        .sender
+        .call("migrate_cancel", json!({"id": "r"}));
+    marked.pair.sender.wait("r", "cancelled");
+    assert_eq!(marked.marks(), [7, 150]);
+    let refused = {
+        let freeze = json!({"kind": "pid", "pid": std::process::id()});
+        let tracker = json!({"kind": "bitmap", "fdname": "again"});
+        let sender = &mut marked.pair.sender;
+        sender
+            .control()
+            .send_fd("again", marked.bitmap.as_fd())
+            .unwrap();
+        let path = marked.pair.stage.path("r");
+        sender.refusal(
+            "region-add",
+            json!({"name": "s", "path": path, "tracker": tracker, "freeze": freeze}),
+        )
+    };
+    assert_eq!(refused.0, "invalid-argument", "{}", refused.1);
+    marked.pair.transfer("r", json!({}));
+    assert_same(&marked.pair.stage.path("r"), &marked.pair.destination("r"));
+}
+
+#[test]
+fn descriptors_that_are_something_else_are_refused_when_they_are_registered() {
+    let mut marked = Marked::new(64);
+    let path = marked.pair.stage.path("r");
+    let sender = &mut marked.pair.sender;
+    let mut add = |tracker: Value| {
+        sender
+            .refusal(
+                "region-add",
+                json!({"name": "s", "path": path, "tracker": tracker}),
+            )
+            .0
+    };
+    let pagemap =
+        json!({"kind": "pagemap", "pagemap-fdname": "x", "uffd-fdname": "y", "address": 4096});
+    assert_eq!(add(pagemap), "no-descriptor");
+    assert_eq!(
+        add(json!({"kind": "bitmap", "fdname": "x"})),
+        "no-descriptor"
+    );
+    assert_eq!(add(json!({"kind": "pagemap"})), "invalid-argument");
+    let short = File::from(
+        memfd_create("short", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap(),
+    );
+    short.set_len(4).unwrap();
+    fcntl(&short, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+    let mut with = |name: &str, tracker: Value| {
+        let sender = &mut marked.pair.sender;
+        sender.control().send_fd(name, short.as_fd()).unwrap();
+        if tracker["kind"] == "pagemap" {
+            sender.control().send_fd("uffd", short.as_fd()).unwrap();
+        }
+        sender
+            .refusal(
+                "region-add",
+                json!({"name": "s", "path": path, "tracker": tracker}),
+            )
+            .0
+    };
+    assert_eq!(
+        with("b", json!({"kind": "bitmap", "fdname": "b"})),
+        "bitmap-size"
+    );
+    let pagemap =
+        json!({"kind": "pagemap", "pagemap-fdname": "p", "uffd-fdname": "uffd", "address": 4096});
+    assert_eq!(with("p", pagemap), "tracker-descriptor");
+    marked.pair.sender.assert_alive();
+}
