@@ -101,7 +101,7 @@ pub fn release(runtime_directory: &Path) -> io::Result<()> {
     if !notes.exists() {
         return Ok(());
     }
-    let (notes, commits) = (Journal::open(&notes)?, Journal::open(runtime_directory)?);
+    let (notes, commits) = (Journal::at(&notes), Journal::at(runtime_directory));
     let boot_id = journal::boot_id()?;
     for note in notes.all::<Note>()? {
         let committed = commits.find::<CommitSent>(note.nonce)?.is_some();

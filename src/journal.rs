@@ -96,6 +96,14 @@ impl Journal {
         Ok(journal)
     }
 
+    /// The records of a directory that is there already, to be looked at: makes and changes nothing.
+    #[must_use]
+    pub fn at(directory: &Path) -> Self {
+        Self {
+            directory: directory.to_owned(),
+        }
+    }
+
     /// What tells this journal from any other on the same boot: a receiver that was given another
     /// directory knows nothing of what was committed here, and must not pretend to.
     fn identity(&self) -> io::Result<Hex128> {

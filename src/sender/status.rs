@@ -297,10 +297,6 @@ impl Attempt {
                 .saturating_sub(self.sum(|s| s.settled_bytes.get())),
             _ => state.remaining_bytes,
         };
-        let settled_rate = match state.bytes_per_second {
-            0 => per_second(transferred, total_time),
-            rate => rate,
-        };
         let mut shown = json!({
             "id": self.id,
             "status": state.status.as_str(),
@@ -313,7 +309,7 @@ impl Attempt {
                 "normal": self.sum(|s| s.normal_pages.get()),
                 "normal-bytes": self.sum(|s| s.normal_bytes.get()),
                 "duplicate": self.sum(|s| s.duplicate_pages.get()),
-                "mbps": mbps(settled_rate),
+                "mbps": mbps(per_second(transferred, total_time)),
                 "dirty-sync-count": state.iterations.len(),
                 "dirty-pages-rate": state.dirty_pages_per_second,
                 "page-size": PAGE_BYTES,
