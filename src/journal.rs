@@ -48,7 +48,12 @@ pub struct CommitSent {
 
 /// What a receiver has decided about a nonce.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "decision", deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(
+    tag = "decision",
+    deny_unknown_fields,
+    rename_all = "kebab-case",
+    rename_all_fields = "kebab-case"
+)]
 pub enum Decision {
     /// The Regions are ours.
     Committed {

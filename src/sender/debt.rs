@@ -72,11 +72,14 @@ impl Debt {
             .await
     }
 
-    /// Adds what trackers are blind to and what can be seen now that nothing writes.
-    pub(super) async fn look_again(&mut self) -> Result<(), TransferError> {
-        self.ask(|region, tracker, owed| tracker.look_again(region, owed).map(|()| 0))
-            .await?;
-        Ok(())
+    /// The same for writers that stand still; and what trackers are blind to and can be seen now.
+    pub(super) async fn harvest_frozen(&mut self) -> Result<u64, TransferError> {
+        let ask = |region: &Region, tracker: &Tracker, owed: &mut PageSet| {
+            let pages = tracker.harvest(region, owed)?;
+            tracker.look_again(region, owed)?;
+            Ok(pages)
+        };
+        self.ask(ask).await
     }
 
     async fn ask(

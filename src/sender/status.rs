@@ -304,7 +304,8 @@ impl Attempt {
             "total-time": ms(total_time),
             "ram": {
                 "total": self.total_bytes,
-                "remaining": remaining,
+                // Estimates of different things add up to more than there is.
+                "remaining": remaining.min(self.total_bytes),
                 "transferred": transferred,
                 "normal": self.sum(|s| s.normal_pages.get()),
                 "normal-bytes": self.sum(|s| s.normal_bytes.get()),

@@ -37,6 +37,13 @@ const GOODBYE: Duration = Duration::from_secs(1);
 
 type Talk = Conversation<FromSender, FromReceiver>;
 
+/// What the writers do during an Iteration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Writer {
+    Runs,
+    StandsStill,
+}
+
 /// How a transfer that got as far as the commit record ended.
 #[derive(Debug)]
 pub(super) enum Outcome {
@@ -163,11 +170,10 @@ impl Transfer {
         self.open_streams(token, epoch).await?;
         self.debt.arm().await?;
         while !self.converged()? {
-            self.iterate().await?;
+            self.iterate(Writer::Runs).await?;
         }
         self.freeze().await?;
-        self.debt.harvest().await?;
-        self.debt.look_again().await?;
+        self.debt.harvest_frozen().await?;
         self.settle().await?;
         self.check_frozen().await?;
         self.prepare().await
@@ -307,9 +313,8 @@ impl Transfer {
     }
 
     /// One pass over what is owed or may have been written. When it ends, everything that was lent is
-    /// released and everything that was sent is applied, on every stream. Gives how many pages the
-    /// trackers say were written meanwhile.
-    async fn iterate(&mut self) -> Result<u64, TransferError> {
+    /// released and everything that was sent is applied, on every stream.
+    async fn iterate(&mut self, writer: Writer) -> Result<(), TransferError> {
         if self.iteration > 0 {
             self.remaining_before = self.remaining_bytes()?;
         }
@@ -338,7 +343,9 @@ impl Transfer {
         self.debt
             .paid_except(reports.iter().flat_map(|report| &report.torn));
         let torn_pages = self.debt.pages();
-        let written_pages = self.debt.harvest().await?;
+        if writer == Writer::Runs {
+            self.debt.harvest().await?;
+        }
         self.attempt.iteration_ended(IterationRow {
             pass: self.iteration,
             payload_bytes: reports.iter().map(|report| report.payload_bytes).sum(),
@@ -353,7 +360,7 @@ impl Transfer {
                 .max()
                 .unwrap_or_default(),
         });
-        Ok(written_pages)
+        Ok(())
     }
 
     /// Has every stream do its part of a plan; their reports are ordered by nothing but completion,
@@ -395,15 +402,12 @@ impl Transfer {
     /// its checksum was changed on the way.
     async fn settle(&mut self) -> Result<(), TransferError> {
         let (mut least, mut progress) = (u64::MAX, Instant::now());
-        loop {
-            let pages = self.iterate().await?;
-            if pages > 0 {
-                return Err(TransferError::NotFrozen { pages });
-            }
+        // What is found by reading is not known before it is read.
+        let mut unread = self.scans();
+        while unread || self.debt.pages() > 0 {
+            self.iterate(Writer::StandsStill).await?;
+            unread = false;
             let owed = self.debt.pages();
-            if owed == 0 {
-                break;
-            }
             // Half of it, not one page: a peer must not be able to keep the writer frozen page by page.
             if owed <= least / 2 {
                 (least, progress) = (owed, Instant::now());
@@ -417,18 +421,19 @@ impl Transfer {
         Ok(())
     }
 
-    /// Asks every tracker once more: what was frozen must not have written.
+    /// Whether writes to some Region are found by reading it.
+    fn scans(&self) -> bool {
+        let mut trackers = self.debt.sources().iter().map(|(_, tracker)| tracker);
+        trackers.any(|tracker| tracker.fingerprints().is_some())
+    }
+
+    /// Reads once more what is tracked by reading: what was frozen must not have written.
     async fn check_frozen(&mut self) -> Result<(), TransferError> {
         let started = Instant::now();
         for (region, _) in self.debt.sources().iter() {
             region.check_length()?;
         }
-        if self
-            .debt
-            .sources()
-            .iter()
-            .any(|(_, tracker)| tracker.fingerprints().is_some())
-        {
+        if self.scans() {
             let plan = self
                 .debt
                 .plan(self.iteration, self.parameters.packet_size)
@@ -452,7 +457,13 @@ impl Transfer {
         talk.say(&FromSender::Prepare { streams }).await?;
         // Heartbeats are no progress, and the writer stands still meanwhile.
         let patience = self.parameters.stall_timeout;
-        match timeout(patience, talk.hear()).await {
+        // While the receiver makes itself ready, every tracker is asked once more.
+        let (answer, written) = tokio::join!(timeout(patience, talk.hear()), self.debt.harvest());
+        match written? {
+            0 => {}
+            pages => return Err(TransferError::NotFrozen { pages }),
+        }
+        match answer {
             Ok(message) => match message? {
                 FromReceiver::Prepared {} => {}
                 other => return Err(unexpected(other)),
