@@ -97,6 +97,7 @@ fn show(args: &DemoArgs, interrupts: Option<&Interrupts>) -> Result<Exit, DemoEr
         Some(REGION.to_owned()),
         ProgressMode::Auto,
         interrupts,
+        "cancelling; press Ctrl-C again to end everything at once",
     );
     let Some(mut last) = watch.until_ended()? else {
         return Err(DemoError::Interrupted);

@@ -47,10 +47,15 @@ pub(super) fn run(socket: &Path, args: &MigrateArgs) -> Result<Exit, ClientError
         return Ok(Exit::Done);
     }
     connection.set_answer_deadline(LOOK_DEADLINE);
-    let mut watch = Watch::new(connection, id, args.progress, interrupts.as_ref());
+    let hint = "cancelling; press Ctrl-C again to leave the transfer running";
+    let mut watch = Watch::new(connection, id, args.progress, interrupts.as_ref(), hint);
     let last = match watch.until_ended() {
         Ok(Some(last)) => last,
-        Ok(None) => return Ok(Exit::Interrupted),
+        Ok(None) => {
+            let id = watch.id.as_deref().unwrap_or_default();
+            note(format_args!("left running: see `memferry status {id}`"));
+            return Ok(Exit::Interrupted);
+        }
         Err(error) => {
             note("The transfer may still be running: ask again with `memferry status`.");
             return Err(error);
@@ -123,6 +128,8 @@ pub(super) struct Watch<'a> {
     progress: Progress,
     interrupts: Option<&'a Interrupts>,
     cancel_asked: bool,
+    /// What is said at the first Ctrl-C about the second.
+    second_interrupt: &'static str,
 }
 
 impl<'a> Watch<'a> {
@@ -131,6 +138,7 @@ impl<'a> Watch<'a> {
         id: Option<String>,
         mode: ProgressMode,
         interrupts: Option<&'a Interrupts>,
+        second_interrupt: &'static str,
     ) -> Self {
         let progress = Progress::new(mode);
         Self {
@@ -139,6 +147,7 @@ impl<'a> Watch<'a> {
             progress,
             interrupts,
             cancel_asked: false,
+            second_interrupt,
         }
     }
 
@@ -160,11 +169,6 @@ impl<'a> Watch<'a> {
             }
             if self.interrupted() {
                 if self.cancel_asked {
-                    self.progress.finish();
-                    note(format_args!(
-                        "left running: see `memferry status {}`",
-                        self.id.as_deref().unwrap_or_default()
-                    ));
                     return Ok(None);
                 }
                 self.ask_to_cancel()?;
@@ -174,8 +178,7 @@ impl<'a> Watch<'a> {
 
     fn ask_to_cancel(&mut self) -> Result<(), ClientError> {
         self.cancel_asked = true;
-        self.progress
-            .say("cancelling; press Ctrl-C again to leave the transfer running");
+        self.progress.say(self.second_interrupt);
         let asked = self
             .connection
             .execute("migrate_cancel", query(self.id.as_deref()));
