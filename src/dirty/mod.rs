@@ -10,6 +10,7 @@ mod maps;
 mod pagemap;
 
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use bitmap::BitmapTracker;
@@ -116,6 +117,26 @@ impl Exact {
     }
 }
 
+/// An attempt's use of an exact tracker.
+///
+/// A harvest runs on a thread of its own, and one that a cancelled attempt left behind may come late:
+/// what it took then would be missing from the next attempt. So it takes nothing once this has ended.
+#[derive(Debug)]
+pub struct Lease {
+    exact: Arc<Mutex<Exact>>,
+    ended: AtomicBool,
+}
+
+impl Lease {
+    /// The tracker, unless the attempt has ended. Ends are decided under the same lock.
+    fn lock(&self) -> Option<MutexGuard<'_, Exact>> {
+        // A panic while it was held is a bug that was reported; the trackers keep no state that could
+        // be half changed.
+        let exact = self.exact.lock().unwrap_or_else(PoisonError::into_inner);
+        (!self.ended.load(Ordering::Relaxed)).then_some(exact)
+    }
+}
+
 /// How a Region's writes are found.
 #[derive(Debug)]
 pub enum Tracker {
@@ -123,14 +144,23 @@ pub enum Tracker {
     None,
     /// Everything is read on every pass, and what has another fingerprint than last time is sent.
     Scan(Fingerprints),
-    /// Whoever knows is asked.
-    Exact(Arc<Mutex<Exact>>),
+    /// Whoever knows is asked, until the attempt has ended.
+    Exact(Lease),
 }
 
 impl Tracker {
     /// A scanner for `region` that has seen nothing yet.
     pub fn scan(region: &Region) -> std::io::Result<Self> {
         Ok(Self::Scan(Fingerprints::new(region.pages())?))
+    }
+
+    /// An attempt's use of a tracker that outlives it.
+    #[must_use]
+    pub fn exact(exact: Arc<Mutex<Exact>>) -> Self {
+        Self::Exact(Lease {
+            exact,
+            ended: AtomicBool::new(false),
+        })
     }
 
     /// Bytes that a pass over `region` reads only to find out whether they changed.
@@ -152,36 +182,37 @@ impl Tracker {
 
     /// An attempt begins, which owes every page. To be called before the first page is read.
     pub fn begin(&self, region: &Region) -> Result<(), TrackerError> {
-        self.exact().map_or(Ok(()), |mut exact| exact.begin(region))
+        self.lease().map_or(Ok(()), |mut exact| exact.begin(region))
     }
 
     /// Adds to `owed` what was written since the last time, and gives how many pages that were. What
     /// is found by reading is not known before it is read.
     pub fn harvest(&self, region: &Region, owed: &mut PageSet) -> Result<u64, TrackerError> {
-        self.exact()
+        self.lease()
             .map_or(Ok(0), |mut exact| exact.harvest(region, owed))
     }
 
     /// The writer stands still: adds to `owed` what the tracker is blind to and what can be seen now,
     /// such as punched holes.
     pub fn look_again(&self, region: &Region, owed: &mut PageSet) -> Result<(), TrackerError> {
-        self.exact()
+        self.lease()
             .map_or(Ok(()), |exact| exact.look_again(region, owed))
     }
 
     /// The attempt has failed: what was harvested for it is dirty again (rule 3).
     pub fn restore(&self) {
-        if let Some(mut exact) = self.exact() {
+        if let Self::Exact(lease) = self
+            && let Some(mut exact) = lease.lock()
+        {
+            lease.ended.store(true, Ordering::Relaxed);
             exact.restore();
         }
     }
 
-    fn exact(&self) -> Option<MutexGuard<'_, Exact>> {
+    fn lease(&self) -> Option<MutexGuard<'_, Exact>> {
         match self {
             Self::None | Self::Scan(_) => None,
-            // A panic while it was held is a bug that was reported; the trackers keep no state that
-            // could be half changed.
-            Self::Exact(exact) => Some(exact.lock().unwrap_or_else(PoisonError::into_inner)),
+            Self::Exact(lease) => lease.lock(),
         }
     }
 
@@ -397,7 +428,7 @@ mod tests {
         let pagemap = crate::sys::pagemap::own().unwrap().into();
         let pagemap = PagemapTracker::new(pagemap, uffd.into(), address, 100 * PAGE_BYTES).unwrap();
         let exact = Exact::Pagemap(pagemap, PageSet::empty(100));
-        let tracker = Tracker::Exact(Arc::new(Mutex::new(exact)));
+        let tracker = Tracker::exact(Arc::new(Mutex::new(exact)));
         let fd = file.try_clone().unwrap().into();
         let region = Region::from_descriptor(Name::new("r").unwrap(), fd).unwrap();
 
@@ -425,5 +456,28 @@ mod tests {
                 .collect::<Vec<_>>(),
             [(12, 3)]
         );
+    }
+
+    #[test]
+    fn a_late_harvest_of_an_ended_attempt_takes_nothing_from_the_next() {
+        use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let bitmap = File::from(memfd_create(c"bitmap", flags).unwrap());
+        bitmap.write_all_at(&[4, 0, 0, 0, 0, 0, 0, 0], 0).unwrap();
+        fcntl(&bitmap, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        let marks = BitmapTracker::new(bitmap.into(), 10).unwrap();
+        let exact = Arc::new(Mutex::new(Exact::Bitmap(marks)));
+        let region = sparse(10, &[]);
+
+        let first = Tracker::exact(Arc::clone(&exact));
+        first.begin(&region).unwrap();
+        assert_eq!(first.harvest(&region, &mut PageSet::empty(10)).unwrap(), 1);
+        first.restore();
+        let next = Tracker::exact(exact);
+        next.begin(&region).unwrap();
+        assert_eq!(first.harvest(&region, &mut PageSet::empty(10)).unwrap(), 0);
+        let mut owed = PageSet::empty(10);
+        assert_eq!(next.harvest(&region, &mut owed).unwrap(), 1);
+        assert!(owed.contains(2));
     }
 }

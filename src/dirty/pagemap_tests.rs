@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -371,33 +370,4 @@ fn the_writer_may_close_its_own_descriptors() {
     tracker.arm().unwrap();
     mapping.span_mut(PAGE_LEN, 1).unwrap().fill_from(&[1]);
     assert_eq!(harvest(&mut tracker), [1]);
-}
-
-#[test]
-#[ignore = "prints how long things take, over 1 GiB; for a release build"]
-fn times() {
-    const PAGES: u64 = 1 << 18;
-    let writer = Writer::new(PAGES);
-    writer.write_all();
-    let mut tracker = writer.tracker();
-    let show = |what: &str, since: Instant| eprintln!("{what}: {:?}", since.elapsed());
-    let start = Instant::now();
-    tracker.arm().unwrap();
-    show("arm", start);
-    for _ in 0..5 {
-        let mut owed = PageSet::empty(PAGES);
-        let start = Instant::now();
-        assert_eq!(tracker.take(&mut owed).unwrap(), 0);
-        show("take, nothing dirty", start);
-        let start = Instant::now();
-        tracker.check_coverage().unwrap();
-        show("check_coverage", start);
-        (0..PAGES).step_by(16).for_each(|page| writer.write(page));
-        let start = Instant::now();
-        assert_eq!(tracker.take(&mut owed).unwrap(), 16_384);
-        show("take, 16384 scattered pages dirty", start);
-        let start = Instant::now();
-        assert_eq!(tracker.harvest(&mut owed).unwrap(), 0);
-        show("harvest, nothing dirty", start);
-    }
 }

@@ -109,7 +109,7 @@ impl Transfer {
                 Tracking::Scan => {
                     Tracker::scan(&region).map_err(TransferError::local("make fingerprints"))?
                 }
-                Tracking::Exact(exact) => Tracker::Exact(Arc::clone(exact)),
+                Tracking::Exact(exact) => Tracker::exact(Arc::clone(exact)),
             };
             Ok((region, tracker))
         };

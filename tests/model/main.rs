@@ -170,7 +170,7 @@ impl<'a> Attempt<'a> {
             let tracker = match shape.tracking {
                 Tracking::None => Tracker::None,
                 Tracking::Scan => Tracker::scan(&region).unwrap(),
-                Tracking::Bitmap => Tracker::Exact(Arc::clone(&memory.marked)),
+                Tracking::Bitmap => Tracker::exact(Arc::clone(&memory.marked)),
             };
             (Arc::new(region), tracker)
         };
