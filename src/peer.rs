@@ -61,6 +61,15 @@ pub enum PeerError {
 }
 
 impl PeerError {
+    /// Whether the connection is to blame, and another one may do better.
+    #[must_use]
+    pub fn is_loss(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Lost(_) | Self::Silent { .. } | Self::Turned(_) => true,
+            Self::Wire(error) => matches!(error, WireError::Damaged { .. }),
+        }
+    }
+
     /// The stable code under which this error is reported.
     #[must_use]
     pub fn code(&self) -> &'static str {

@@ -55,6 +55,12 @@ pub enum Command {
     Status(StatusArgs),
     /// Cancel a transfer: the latest, or the one with this id. The source keeps running.
     Cancel(CancelArgs),
+    /// Let a transfer stand still at the next moment that allows it: the latest, or the one with this id.
+    /// The source keeps running, and what has arrived stays there.
+    Pause(CancelArgs),
+    /// Go on with a transfer that is paused, or that has lost its connections: now, and not when it would
+    /// have tried again.
+    Recover(RecoverArgs),
     /// Say who owns the Regions of an indeterminate transfer, when the receiver cannot.
     ///
     /// Look at the destination first: if it runs there and you say `source`, it runs twice.
@@ -195,7 +201,17 @@ pub struct StatusArgs {
     pub json: bool,
 }
 
-/// Arguments of `memferry cancel`.
+/// Arguments of `memferry recover`.
+#[derive(Debug, Args)]
+pub struct RecoverArgs {
+    /// Id of the transfer.
+    pub id: Option<Name>,
+    /// Another address of the same receiver.
+    #[arg(long)]
+    pub uri: Option<String>,
+}
+
+/// Arguments of `memferry cancel` and `memferry pause`.
 #[derive(Debug, Args)]
 pub struct CancelArgs {
     /// Id of the transfer.

@@ -21,7 +21,8 @@ use crate::peer::{self, Connection, PeerError};
 use crate::wire::{FromSender, Purpose, Status, WireError};
 
 use super::Receiver;
-use super::attempt::{self, Entry};
+use super::attempt;
+use super::entry::Entry;
 
 /// Callers that have not introduced themselves.
 const SILENT_CALLERS_MAX: usize = 64;
@@ -205,7 +206,9 @@ impl Call {
         };
         match greeting {
             Greeting::Turned(status) => tracing::info!(from, ?status, "turned a connection away"),
-            Greeting::Stream(entry, stream) => entry.take_in(stream, connection).await,
+            Greeting::Stream(entry, epoch, stream) => {
+                entry.take_in(epoch, stream, connection).await;
+            }
             Greeting::Conversation(first) => tokio::select! {
                 () = attempt::converse(&self.receiver, connection, &from, *first) => {}
                 () = self.shutdown.cancelled() => {}
@@ -233,7 +236,7 @@ impl Call {
                 let entry = self.receiver.lock().attempts.get(&preamble.token).cloned();
                 entry.ok_or(Status::Token).and_then(|entry| {
                     match entry.claim(stream, preamble.epoch) {
-                        Status::Ok => Ok(Some((entry, stream))),
+                        Status::Ok => Ok(Some((entry, preamble.epoch, stream))),
                         refused => Err(refused),
                     }
                 })
@@ -243,7 +246,7 @@ impl Call {
         peer::answer(connection, &preamble, status).await?;
         Ok(match entry {
             Err(status) => Greeting::Turned(status),
-            Ok(Some((entry, stream))) => Greeting::Stream(entry, stream),
+            Ok(Some((entry, epoch, stream))) => Greeting::Stream(entry, epoch, stream),
             Ok(None) => Greeting::Conversation(Box::new(peer::read_message(connection).await?)),
         })
     }
@@ -252,6 +255,6 @@ impl Call {
 /// What a caller turned out to want.
 enum Greeting {
     Turned(Status),
-    Stream(Arc<Entry>, u16),
+    Stream(Arc<Entry>, u32, u16),
     Conversation(Box<FromSender>),
 }

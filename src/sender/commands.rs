@@ -27,6 +27,8 @@ const TABLE: &[CommandInfo] = &[
     command("query-regions", false),
     command("migrate", false),
     command("migrate_cancel", true),
+    command("migrate-pause", true),
+    command("migrate-recover", true),
     command("migrate-resolve", false),
     command("query-migrate", false),
     command("query-status", false),
@@ -65,6 +67,13 @@ struct RegionDel {
 #[serde(deny_unknown_fields)]
 struct OfAttempt {
     id: Option<Name>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Recover {
+    id: Option<Name>,
+    uri: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -145,13 +154,7 @@ impl SenderCommands {
         .parse()?;
         let parameters = self.sender.parameters.with_overrides(&parameters);
         let parameters = parameters.map_err(|error| invalid(error.to_string()))?;
-        let endpoint: Endpoint = migrate
-            .uri
-            .parse()
-            .map_err(|error| invalid(format!("Parameter 'uri': {error}")))?;
-        if !endpoint.is_loopback() {
-            tracing::warn!(%endpoint, "memory goes over this connection in the clear");
-        }
+        let endpoint = endpoint(&migrate.uri)?;
         let id = migrate.id.map_or_else(generated_id, Ok)?;
 
         let (attempt, claim, order) = {
@@ -188,6 +191,7 @@ impl SenderCommands {
                 journal: Arc::clone(&self.sender.journal),
                 guardian: Arc::clone(&self.sender.guardian),
                 boot_id: self.sender.boot_id.clone(),
+                identity: self.sender.identity.clone(),
             };
             (attempt, claim, order)
         };
@@ -245,6 +249,35 @@ impl SenderCommands {
         }
     }
 
+    /// The transfer that is named, or the latest; there has to be one.
+    fn known(&self, id: Option<&Name>) -> Result<Arc<Attempt>, CommandError> {
+        self.sender.attempt(id).ok_or_else(|| match id {
+            Some(id) => no_such(id),
+            None => CommandError::new("no-such-transfer", "There was no transfer yet"),
+        })
+    }
+
+    fn pause(&self, id: Option<&Name>) -> Result<Value, CommandError> {
+        let attempt = self.known(id)?;
+        if attempt.request_pause() {
+            return Ok(json!({}));
+        }
+        let (id, status) = (&attempt.id, attempt.status().as_str());
+        let text = format!("'{id}' cannot be paused: it is {status}");
+        Err(CommandError::new("not-active", text))
+    }
+
+    fn recover(&self, recover: Recover) -> Result<Value, CommandError> {
+        let attempt = self.known(recover.id.as_ref())?;
+        let endpoint = recover.uri.as_deref().map(endpoint).transpose()?;
+        if attempt.request_recover(endpoint) {
+            return Ok(json!({}));
+        }
+        let (id, status) = (&attempt.id, attempt.status().as_str());
+        let text = format!("'{id}' does not wait to go on: it is {status}");
+        Err(CommandError::new("not-paused", text))
+    }
+
     fn resolve(&self, resolve: &Resolve) -> Result<Value, CommandError> {
         let id = &resolve.id;
         let attempt = self.sender.attempt(Some(id)).ok_or_else(|| no_such(id))?;
@@ -290,6 +323,8 @@ impl Commands for SenderCommands {
             }
             "migrate" => self.migrate(call).await,
             "migrate_cancel" => self.cancel(call.parse::<OfAttempt>()?.id.as_ref()),
+            "migrate-pause" => self.pause(call.parse::<OfAttempt>()?.id.as_ref()),
+            "migrate-recover" => self.recover(call.parse()?),
             "migrate-resolve" => self.resolve(&call.parse()?),
             "query-migrate" => self.query_migrate(call.parse::<OfAttempt>()?.id.as_ref()),
             "query-status" => {
@@ -308,6 +343,16 @@ impl Commands for SenderCommands {
 
 fn invalid(desc: impl Into<String>) -> CommandError {
     CommandError::new(code::INVALID_ARGUMENT, desc)
+}
+
+fn endpoint(uri: &str) -> Result<Endpoint, CommandError> {
+    let endpoint: Endpoint = uri
+        .parse()
+        .map_err(|error| invalid(format!("Parameter 'uri': {error}")))?;
+    if !endpoint.is_loopback() {
+        tracing::warn!(%endpoint, "memory goes over this connection in the clear");
+    }
+    Ok(endpoint)
 }
 
 fn no_such(id: &Name) -> CommandError {

@@ -49,6 +49,8 @@ struct Sender {
     journal: Arc<Journal>,
     guardian: Arc<Mutex<Guardian>>,
     boot_id: BootId,
+    /// What receivers know this daemon by: its boot and its journal.
+    identity: BootId,
     events: EventBus,
     state: Mutex<State>,
     transfers: TaskTracker,
@@ -215,6 +217,9 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
     let sender = Arc::new(Sender {
         guardian: Arc::new(Mutex::new(guardian)),
         parameters: config.transfer,
+        identity: journal.boot_id().map_err(DaemonError::setup(
+            "read the boot id and the journal's identity",
+        ))?,
         journal: Arc::new(journal),
         boot_id: journal::boot_id().map_err(DaemonError::setup("read the boot id"))?,
         events: EventBus::new(),

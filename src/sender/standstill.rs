@@ -20,6 +20,8 @@ pub(super) struct Standstill {
     guardian: Arc<Mutex<Guardian>>,
     freezing: Option<JoinHandle<Result<Frozen, FreezeError>>>,
     frozen: Frozen,
+    /// The writers were seen to stand still, and not let go since.
+    stands: bool,
     since: Instant,
 }
 
@@ -32,8 +34,14 @@ impl Standstill {
             guardian,
             freezing: None,
             frozen,
+            stands: false,
             since,
         }
+    }
+
+    /// Whether the writers stand still.
+    pub(super) fn is_frozen(&self) -> bool {
+        self.stands
     }
 
     fn guardian(&self) -> MutexGuard<'_, Guardian> {
@@ -56,6 +64,7 @@ impl Standstill {
         let frozen = self.freezing.insert(freezing).await;
         self.freezing = None;
         self.frozen = frozen.map_err(|error| TransferError::local("freeze")(error.into()))??;
+        self.stands = true;
         Ok(())
     }
 
@@ -86,7 +95,8 @@ impl Standstill {
     }
 
     /// Lets the writers go on.
-    pub(super) async fn thaw(mut self) {
+    pub(super) async fn thaw(&mut self) {
+        self.stands = false;
         drop(std::mem::take(&mut self.frozen));
         if let Some(freezing) = self.freezing.take() {
             drop(freezing.await);

@@ -4,11 +4,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::TransferParameters;
 use crate::control::EventBus;
+use crate::endpoint::Endpoint;
 use crate::limits::PAGE_BYTES;
 use crate::name::Name;
 use crate::stats::StreamStats;
@@ -22,6 +23,8 @@ const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
 pub(super) enum Status {
     Setup,
     Active,
+    Paused,
+    Recover,
     Device,
     Completing,
     Completed,
@@ -36,6 +39,8 @@ impl Status {
         match self {
             Self::Setup => "setup",
             Self::Active => "active",
+            Self::Paused => "paused",
+            Self::Recover => "recover",
             Self::Device => "device",
             Self::Completing => "completing",
             Self::Completed => "completed",
@@ -83,6 +88,15 @@ struct State {
     status: Status,
     /// The commit was recorded: there is no way back by cancelling.
     commit_sent: bool,
+    /// The writers are being stopped, or stand still.
+    freezing: bool,
+    /// Where the operator wants to go on, if not where it was.
+    endpoint: Option<Endpoint>,
+    /// How often all connections were lost, and why the last time.
+    interruptions: u64,
+    interruption: Option<Value>,
+    /// Streams that are open, once they were opened.
+    streams_open: u16,
     ended: Option<Instant>,
     setup_time: Option<Duration>,
     expected_downtime: Option<Duration>,
@@ -104,6 +118,10 @@ pub(super) struct Attempt {
     pub(super) streams: Vec<Arc<StreamStats>>,
     pub(super) cancel: CancellationToken,
     pub(super) started: Instant,
+    /// Whether the operator wants the sending to stop at the next barrier.
+    hold: watch::Sender<bool>,
+    /// The operator wants to go on now.
+    recover: Notify,
     /// What the operator says about who owns the Regions.
     decision: watch::Sender<Option<Owner>>,
     events: EventBus,
@@ -118,21 +136,29 @@ impl Attempt {
         parameters: TransferParameters,
         events: EventBus,
     ) -> Arc<Self> {
+        let streams = parameters.streams;
         let attempt = Self {
             id,
             regions,
             total_bytes,
             streams: std::iter::repeat_with(Arc::default)
-                .take(parameters.streams.into())
+                .take(streams.into())
                 .collect(),
             parameters,
             cancel: CancellationToken::new(),
+            hold: watch::Sender::new(false),
+            recover: Notify::new(),
             started: Instant::now(),
             decision: watch::Sender::new(None),
             events,
             state: Mutex::new(State {
                 status: Status::Setup,
                 commit_sent: false,
+                freezing: false,
+                endpoint: None,
+                interruptions: 0,
+                interruption: None,
+                streams_open: streams,
                 ended: None,
                 setup_time: None,
                 expected_downtime: None,
@@ -174,7 +200,7 @@ impl Attempt {
             }
             state.status = status;
             if status == Status::Active {
-                state.setup_time = Some(self.started.elapsed());
+                state.setup_time.get_or_insert(self.started.elapsed());
             }
             if status.is_final() {
                 state.ended = Some(Instant::now());
@@ -220,6 +246,100 @@ impl Attempt {
         }
         self.announce(Status::Cancelling);
         true
+    }
+
+    /// All connections are lost, for this reason.
+    pub(super) fn interrupted(&self, error: &super::error::TransferError) {
+        tracing::warn!(id = %self.id, code = error.code(), %error, "interrupted");
+        {
+            let mut state = self.lock();
+            state.interruptions += 1;
+            state.interruption = Some(error.to_json());
+        }
+        self.enter(Status::Paused);
+    }
+
+    /// So many streams are open now; fewer or more than before is news.
+    pub(super) fn streams_opened(&self, streams: u16) {
+        let before = std::mem::replace(&mut self.lock().streams_open, streams);
+        if streams != before {
+            let asked = self.parameters.streams;
+            let data = json!({"id": self.id, "streams": streams, "requested": asked});
+            self.events.publish("STREAM_CHANGED", data);
+        }
+    }
+
+    /// Bytes that were acknowledged as in place and intact, those that came again included.
+    pub(super) fn applied_bytes(&self) -> u64 {
+        let settled = self.sum(|s| s.settled_bytes.get());
+        settled.saturating_sub(self.sum(|s| s.torn_pages.get()) * PAGE_BYTES)
+    }
+
+    /// The operator wants a pause; `false` if it is no time for that.
+    pub(super) fn request_pause(&self) -> bool {
+        let state = self.lock();
+        let possible = match state.status {
+            Status::Setup | Status::Active | Status::Paused | Status::Recover => !state.freezing,
+            _ => false,
+        };
+        if possible {
+            self.hold.send_replace(true);
+        }
+        possible
+    }
+
+    /// The operator wants to go on, at another address maybe; `false` if it does not stand still.
+    pub(super) fn request_recover(&self, endpoint: Option<Endpoint>) -> bool {
+        let mut state = self.lock();
+        let held = self.hold.send_replace(false);
+        let stands = matches!(state.status, Status::Paused | Status::Recover);
+        if held || stands {
+            state.endpoint = endpoint;
+            self.recover.notify_one();
+        }
+        held || stands
+    }
+
+    /// Waits until the operator wants to go on now.
+    pub(super) async fn recover_asked(&self) {
+        self.recover.notified().await;
+    }
+
+    /// The address that the operator named, if that is news.
+    pub(super) fn take_endpoint(&self) -> Option<Endpoint> {
+        self.lock().endpoint.take()
+    }
+
+    /// Whether the operator wants a pause.
+    pub(super) fn is_held(&self) -> bool {
+        *self.hold.borrow()
+    }
+
+    /// Waits until the operator wants a pause.
+    pub(super) async fn held(&self) {
+        self.wait_for_hold(true).await;
+    }
+
+    /// Waits until the operator does not want a pause any more.
+    pub(super) async fn released(&self) {
+        self.wait_for_hold(false).await;
+    }
+
+    async fn wait_for_hold(&self, wanted: bool) {
+        // `self` holds the sending end, so it is there as long as anybody waits.
+        let _ = self.hold.subscribe().wait_for(|held| *held == wanted).await;
+    }
+
+    /// The writers are about to be stopped; `false` if a pause was wanted first. One lock decides which.
+    pub(super) fn begin_freeze(&self) -> bool {
+        let mut state = self.lock();
+        state.freezing = !self.is_held();
+        state.freezing
+    }
+
+    /// The writers go on.
+    pub(super) fn thawed(&self) {
+        self.lock().freezing = false;
     }
 
     /// The operator says who owns the Regions; `false` if that is no question now.
@@ -292,7 +412,7 @@ impl Attempt {
         let transferred = self.sum(|s| s.transferred.get());
         // What this pass has settled so far is no longer to be sent.
         let remaining = match (state.iterations.len(), state.status) {
-            (0, Status::Setup | Status::Active) => self
+            (0, Status::Setup | Status::Active | Status::Paused | Status::Recover) => self
                 .total_bytes
                 .saturating_sub(self.sum(|s| s.settled_bytes.get())),
             _ => state.remaining_bytes,
@@ -318,9 +438,14 @@ impl Attempt {
                 "dirty-sync-missed-zero-copy": self.sum(|s| s.missed_zero_copy.get()),
             },
             "zero-copy": self.zero_copy(),
+            "streams": state.streams_open,
+            "recoveries": state.interruptions,
             "iterations": state.iterations.iter().map(row).collect::<Vec<_>>(),
             "parameters": self.parameters.to_json(),
         });
+        if let Some(interruption) = &state.interruption {
+            shown["interruption"] = interruption.clone();
+        }
         if let Some(time) = state.setup_time {
             shown["setup-time"] = ms(time);
         }

@@ -11,10 +11,12 @@ mod error;
 mod incoming;
 mod inspect;
 mod outgoing;
+mod owed;
 mod pace;
 mod window;
 
 pub use error::StreamError;
 pub use incoming::{Destination, IncomingSetup, IncomingStream};
 pub use outgoing::{Job, OutgoingStream, Pass, Report, StreamSetup, ZeroCopyWish};
+pub use owed::{InFlight, Owed};
 pub use pace::Pace;

@@ -12,7 +12,7 @@ mod preamble;
 pub use ack::{ACK_BYTES, Ack, TORN_BYTES, TornTable};
 pub use message::{
     BootId, FRAME_BYTES, FrameHeader, FromReceiver, FromSender, Hex128, Offer, OfferedRegion,
-    Owner, StreamTotals, Text, Token,
+    Owner, RegionRun, Resume, StreamTotals, Text, Token,
 };
 pub use packet::{DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Table, blocks};
 pub use preamble::{PREAMBLE_BYTES, Preamble, Purpose, Status};

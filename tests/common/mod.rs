@@ -12,6 +12,7 @@
 
 pub(crate) mod fake;
 pub(crate) mod memory;
+pub(crate) mod relay;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -334,6 +335,13 @@ impl Pair {
     pub(crate) fn add(&mut self, name: &str, path: &Path) {
         self.sender
             .call("region-add", json!({"name": name, "path": path}));
+    }
+
+    /// From here on the sender reaches the receiver over a relay.
+    pub(crate) fn over_a_relay(&mut self) -> relay::Relay {
+        let relay = relay::Relay::to(&self.uri);
+        self.uri.clone_from(&relay.uri);
+        relay
     }
 
     /// Adds a Region that `writer` writes.

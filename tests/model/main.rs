@@ -27,11 +27,11 @@ use memferry::dirty::{BitmapTracker, Exact, Tracker};
 use memferry::iteration::{Plan, Run};
 use memferry::limits::{PACKET_BYTES_MIN, PAGE_BYTES};
 use memferry::name::Name;
-use memferry::pages::{PageRange, PageSet, pages_in};
+use memferry::pages::{PageRange, pages_in};
 use memferry::region::{Access, Region};
 use memferry::stats::StreamStats;
 use memferry::stream::{
-    Destination, IncomingSetup, IncomingStream, Job, OutgoingStream, Pace, Pass, Report,
+    Destination, IncomingSetup, IncomingStream, Job, OutgoingStream, Owed, Pace, Pass, Report,
     StreamError, StreamSetup, ZeroCopyWish,
 };
 use memferry::sys::wake::Wake;
@@ -156,7 +156,7 @@ struct Attempt<'a> {
     destinations: Arc<[Arriving]>,
     assembly: Arc<Assembly>,
     streams: Vec<OutgoingStream>,
-    owed: Vec<PageSet>,
+    owed: Arc<Owed>,
     iteration: u32,
     totals: Vec<StreamTotals>,
     torn_pages: u64,
@@ -186,10 +186,9 @@ impl<'a> Attempt<'a> {
         let mut attempt = Self {
             shape,
             turns: Arc::clone(turns),
-            owed: sources
-                .iter()
-                .map(|(region, _)| PageSet::full(region.pages()))
-                .collect(),
+            owed: Arc::new(Owed::all_of(
+                sources.iter().map(|(region, _)| region.pages()),
+            )),
             sources,
             destinations,
             assembly,
@@ -210,6 +209,7 @@ impl<'a> Attempt<'a> {
         };
         let setup = StreamSetup {
             regions: Arc::clone(&self.sources),
+            owed: Arc::clone(&self.owed),
             integrity: self.shape.integrity,
             window: self.shape.window,
             pace: Arc::new(Pace::new(0, Instant::now())),
@@ -253,8 +253,7 @@ impl<'a> Attempt<'a> {
         }
         self.harvest();
         self.iterate()?;
-        let owed: u64 = self.owed.iter().map(PageSet::count).sum();
-        assert_eq!(owed, 0, "nothing is torn while nothing writes");
+        assert_eq!(self.owed.count(), 0, "nothing is torn while nothing writes");
         let changed = self.pass(Pass::Check)?.iter().map(|r| r.pages).sum::<u64>();
         assert_eq!(changed, 0, "nothing changes while nothing writes");
         let verdict = self.assembly.verdict(&self.totals);
@@ -264,11 +263,17 @@ impl<'a> Attempt<'a> {
 
     fn pass(&mut self, pass: Pass) -> Result<Vec<Report>, StreamError> {
         let mut runs: Vec<Run> = Vec::new();
-        for ((index, (region, tracker)), owed) in (0..).zip(&*self.sources).zip(&self.owed) {
-            tracker.plan(index, region, owed, self.iteration == 1, &mut runs)?;
+        for (index, (region, tracker)) in (0..).zip(&*self.sources) {
+            tracker.plan(
+                index,
+                region,
+                &self.owed.of(index),
+                self.iteration == 1,
+                &mut runs,
+            )?;
         }
         let plan = Arc::new(Plan::new(self.iteration, self.shape.packet_bytes, runs));
-        let turns = &self.turns;
+        let (turns, streams) = (&self.turns, self.shape.streams);
         turns.begin(self.streams.len());
         let results: Vec<_> = thread::scope(|scope| {
             let threads: Vec<_> = self
@@ -279,7 +284,11 @@ impl<'a> Attempt<'a> {
                     let plan = Arc::clone(&plan);
                     scope.spawn(move || {
                         let _turn = turns.enter(me);
-                        stream.run(&Job { plan, pass })
+                        stream.run(&Job {
+                            plan,
+                            pass,
+                            streams,
+                        })
                     })
                 })
                 .collect();
@@ -292,21 +301,16 @@ impl<'a> Attempt<'a> {
         self.iteration += 1;
         let reports = self.pass(Pass::Send)?;
         self.totals = reports.iter().map(|report| report.totals).collect();
-        for owed in &mut self.owed {
-            *owed = PageSet::empty(owed.pages());
-        }
-        for &(region, range) in reports.iter().flat_map(|report| &report.torn) {
-            self.owed[region as usize].insert(range);
-            self.torn_pages += range.count;
-        }
+        // All that was owed has been carried: what still is arrived torn.
+        self.torn_pages += self.owed.count();
         assert_eq!(self.assembly.iterations(), self.iteration);
         self.harvest();
         Ok(())
     }
 
     fn harvest(&mut self) {
-        for ((region, tracker), owed) in self.sources.iter().zip(&mut self.owed) {
-            tracker.harvest(region, owed).unwrap();
+        for (index, (region, tracker)) in (0..).zip(&*self.sources) {
+            tracker.harvest(region, &mut self.owed.of(index)).unwrap();
         }
     }
 

@@ -69,9 +69,9 @@ impl Transfer {
         if self.scans() {
             let plan = self
                 .debt
-                .plan(self.iteration, self.parameters.packet_size)
+                .plan(self.iteration, false, self.parameters.packet_size)
                 .await?;
-            let reports = self.pass(plan, Pass::Check).await?;
+            let (reports, _) = self.pass(plan, Pass::Check).await?;
             let pages = reports.iter().map(|report| report.pages).sum();
             if pages > 0 {
                 return Err(TransferError::NotFrozen { pages });
@@ -144,7 +144,8 @@ impl Transfer {
         };
         let answer = answer.await;
         let now = Instant::now();
-        self.crew.finish().await;
+        // Everything that was lent was released before the last mark was acknowledged.
+        let _ = self.crew.finish().await;
         match answer {
             Ok(FromReceiver::Committed {}) => {
                 self.downtime.commit = now - started;
