@@ -66,7 +66,11 @@ impl PeerError {
     pub fn is_loss(&self) -> bool {
         match self {
             Self::Connect { .. } | Self::Lost(_) | Self::Silent { .. } | Self::Turned(_) => true,
-            Self::Wire(error) => matches!(error, WireError::Damaged { .. }),
+            // Whoever answered once in this language has not forgotten it: the first bytes are damaged.
+            Self::Wire(error) => matches!(
+                error,
+                WireError::Damaged { .. } | WireError::Illegal { field: "magic", .. }
+            ),
         }
     }
 

@@ -17,12 +17,15 @@ use tokio_util::task::TaskTracker;
 
 use crate::daemon::DaemonError;
 use crate::endpoint::Endpoint;
-use crate::peer::{self, Connection, PeerError};
-use crate::wire::{FromSender, Purpose, Status, WireError};
+use crate::peer::{self, Connection, Conversation, PeerError};
+use crate::wire::{FromReceiver, FromSender, Purpose, Status, WireError};
 
 use super::Receiver;
 use super::attempt;
 use super::entry::Entry;
+use super::error::AttemptError;
+
+type Talk = Conversation<FromReceiver, FromSender>;
 
 /// Callers that have not introduced themselves.
 const SILENT_CALLERS_MAX: usize = 64;
@@ -210,7 +213,7 @@ impl Call {
                 entry.take_in(epoch, stream, connection).await;
             }
             Greeting::Conversation(first) => tokio::select! {
-                () = attempt::converse(&self.receiver, connection, &from, *first) => {}
+                () = converse(&self.receiver, connection, &from, *first) => {}
                 () = self.shutdown.cancelled() => {}
             },
         }
@@ -257,4 +260,49 @@ enum Greeting {
     Turned(Status),
     Stream(Arc<Entry>, u32, u16),
     Conversation(Box<FromSender>),
+}
+
+/// Serves a conversation, whatever it turns out to be about.
+async fn converse(receiver: &Arc<Receiver>, connection: Connection, from: &str, first: FromSender) {
+    match first {
+        FromSender::Offer(offer) => attempt::take(receiver, connection, from, offer).await,
+        FromSender::Resume(resume) => {
+            let held = receiver.lock().attempts.get(&resume.token).cloned();
+            match held.filter(|entry| entry.nonce() == resume.nonce) {
+                Some(entry) => entry.resume(connection, resume).await,
+                None => {
+                    tracing::info!(from, nonce = %resume.nonce, "asked to go on with a transfer that is not held here");
+                    let desc = "this receiver does not hold the transfer (any more)";
+                    refuse(connection, "not-held", desc).await;
+                }
+            }
+        }
+        FromSender::Inquire { nonce, boot_id } => match receiver.owner(nonce, &boot_id) {
+            Ok(owner) => {
+                tracing::info!(from, %nonce, ?owner, "was asked who owns a transfer's regions");
+                let talk = Talk::start(connection, GREETING);
+                let _ = talk.say(&FromReceiver::Owner { owner }).await;
+                talk.farewell().await;
+            }
+            // No answer: a wrong one could make two owners. The sender asks again.
+            Err(error) => {
+                tracing::error!(%nonce, %error, "cannot tell who owns a transfer's regions");
+            }
+        },
+        other => {
+            let error = AttemptError::out_of_place(&other);
+            tracing::info!(from, %error, "a conversation that began in the middle");
+        }
+    }
+}
+
+/// Ends a conversation that wants what is not here.
+async fn refuse(connection: Connection, code: &str, desc: &str) {
+    let talk = Talk::start(connection, GREETING);
+    let refusal = FromReceiver::Refuse {
+        code: code.into(),
+        desc: desc.into(),
+    };
+    let _ = talk.say(&refusal).await;
+    talk.farewell().await;
 }

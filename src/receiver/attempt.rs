@@ -19,7 +19,6 @@ use crate::stream::{IncomingSetup, StreamError};
 use crate::wire::{FromReceiver, FromSender, Hex128, Offer, StreamTotals, Token};
 
 use super::Receiver;
-use super::accept::GREETING;
 use super::admission::{self, Refusal};
 use super::destination::{self, DestinationFile, Hidden};
 use super::entry::{Arrival, Entry, Resuming, Return};
@@ -40,57 +39,13 @@ type Talk = Conversation<FromReceiver, FromSender>;
 /// Each file, and the final name it gets.
 type Moves = Vec<(PathBuf, PathBuf)>;
 
-/// Serves a conversation, whatever it turns out to be about.
-pub(super) async fn converse(
+/// Serves a conversation that began with an offer, to the end of the attempt.
+pub(super) async fn take(
     receiver: &Arc<Receiver>,
     connection: Connection,
     from: &str,
-    first: FromSender,
+    offer: Offer,
 ) {
-    match first {
-        FromSender::Offer(offer) => take(receiver, connection, from, offer).await,
-        FromSender::Resume(resume) => {
-            let held = receiver.lock().attempts.get(&resume.token).cloned();
-            match held.filter(|entry| entry.nonce() == resume.nonce) {
-                Some(entry) => entry.resume(connection, resume).await,
-                None => {
-                    tracing::info!(from, nonce = %resume.nonce, "asked to go on with a transfer that is not held here");
-                    let desc = "this receiver does not hold the transfer (any more)";
-                    refuse(connection, "not-held", desc).await;
-                }
-            }
-        }
-        FromSender::Inquire { nonce, boot_id } => match receiver.owner(nonce, &boot_id) {
-            Ok(owner) => {
-                tracing::info!(from, %nonce, ?owner, "was asked who owns a transfer's regions");
-                let talk = Talk::start(connection, GREETING);
-                let _ = talk.say(&FromReceiver::Owner { owner }).await;
-                talk.farewell().await;
-            }
-            // No answer: a wrong one could make two owners. The sender asks again.
-            Err(error) => {
-                tracing::error!(%nonce, %error, "cannot tell who owns a transfer's regions");
-            }
-        },
-        other => {
-            let error = AttemptError::out_of_place(&other);
-            tracing::info!(from, %error, "a conversation that began in the middle");
-        }
-    }
-}
-
-/// Ends a conversation that wants what is not here.
-async fn refuse(connection: Connection, code: &str, desc: &str) {
-    let talk = Talk::start(connection, GREETING);
-    let refusal = FromReceiver::Refuse {
-        code: code.into(),
-        desc: desc.into(),
-    };
-    let _ = talk.say(&refusal).await;
-    talk.farewell().await;
-}
-
-async fn take(receiver: &Arc<Receiver>, connection: Connection, from: &str, offer: Offer) {
     let patience = Duration::from_millis(offer.stall_timeout_ms).clamp(PATIENCE.0, PATIENCE.1);
     // The sender may notice a loss later than we do, by as much as its patience.
     let recovery = match offer.recover_timeout_ms {

@@ -4,7 +4,6 @@
 //! by the streams as acknowledgements come and here when an attempt is resumed. Everything that walks
 //! memory or asks the kernel does so on a thread of its own, away from the control plane.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::task::spawn_blocking;
@@ -12,10 +11,9 @@ use tokio::task::spawn_blocking;
 use crate::dirty::{Tracker, TrackerError};
 use crate::iteration::{Plan, Run};
 use crate::limits::PAGE_BYTES;
-use crate::pages::{PageRange, PageSet};
+use crate::pages::PageSet;
 use crate::region::{Region, RegionError};
-use crate::stream::{InFlight, Owed};
-use crate::wire::RegionRun;
+use crate::stream::Owed;
 
 use super::error::TransferError;
 
@@ -123,43 +121,6 @@ impl Debt {
             .await
             .map_err(|error| TransferError::local("plan an iteration")(error.into()))?;
         Ok(Arc::new(plan?))
-    }
-
-    /// What was under way when the streams ended, and which the receiver has `applied` all the same, is
-    /// paid; except pages that it names as `missing`.
-    pub(super) fn settle(
-        &self,
-        in_flight: &[(u16, Vec<InFlight>)],
-        applied: &[u64],
-        missing: &[RegionRun],
-    ) {
-        let mut arrived: HashMap<u32, PageSet> = HashMap::new();
-        for (stream, packets) in in_flight {
-            let applied = applied.get(usize::from(*stream)).copied().unwrap_or(0);
-            for packet in packets.iter().filter(|packet| packet.sequence <= applied) {
-                let pages = self.sources[packet.region as usize].0.pages();
-                let set = arrived
-                    .entry(packet.region)
-                    .or_insert_with(|| PageSet::empty(pages));
-                packet.runs.iter().for_each(|run| set.insert(*run));
-            }
-        }
-        for run in missing {
-            if let Some(set) = arrived.get_mut(&run.region)
-                && let Some(range) = PageRange::new(run.first, run.pages, set.pages())
-            {
-                set.remove(range);
-            }
-        }
-        for (region, set) in &arrived {
-            let mut owed = self.owed.of(*region);
-            set.runs().for_each(|run| owed.remove(run));
-        }
-    }
-
-    /// Another receiver's memory, or one that has forgotten: it has nothing.
-    pub(super) fn owe_all(&self) {
-        self.owed.fill();
     }
 
     /// The attempt has failed: what trackers reported for it is dirty again.

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::TransferParameters;
@@ -14,6 +14,8 @@ use crate::limits::PAGE_BYTES;
 use crate::name::Name;
 use crate::stats::StreamStats;
 use crate::wire::Owner;
+
+use super::hold::Hold;
 
 /// Payload in one Iteration that is enough to judge a rate by.
 const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
@@ -90,8 +92,6 @@ struct State {
     commit_sent: bool,
     /// The writers are being stopped, or stand still.
     freezing: bool,
-    /// Where the operator wants to go on, if not where it was.
-    endpoint: Option<Endpoint>,
     /// How often all connections were lost, and why the last time.
     interruptions: u64,
     interruption: Option<Value>,
@@ -118,10 +118,8 @@ pub(super) struct Attempt {
     pub(super) streams: Vec<Arc<StreamStats>>,
     pub(super) cancel: CancellationToken,
     pub(super) started: Instant,
-    /// Whether the operator wants the sending to stop at the next barrier.
-    hold: watch::Sender<bool>,
-    /// The operator wants to go on now.
-    recover: Notify,
+    /// Whether the operator wants it to stand still.
+    pub(super) hold: Hold,
     /// What the operator says about who owns the Regions.
     decision: watch::Sender<Option<Owner>>,
     events: EventBus,
@@ -146,8 +144,7 @@ impl Attempt {
                 .collect(),
             parameters,
             cancel: CancellationToken::new(),
-            hold: watch::Sender::new(false),
-            recover: Notify::new(),
+            hold: Hold::new(),
             started: Instant::now(),
             decision: watch::Sender::new(None),
             events,
@@ -155,7 +152,6 @@ impl Attempt {
                 status: Status::Setup,
                 commit_sent: false,
                 freezing: false,
-                endpoint: None,
                 interruptions: 0,
                 interruption: None,
                 streams_open: streams,
@@ -283,57 +279,26 @@ impl Attempt {
             _ => false,
         };
         if possible {
-            self.hold.send_replace(true);
+            self.hold.set();
         }
         possible
     }
 
     /// The operator wants to go on, at another address maybe; `false` if it does not stand still.
     pub(super) fn request_recover(&self, endpoint: Option<Endpoint>) -> bool {
-        let mut state = self.lock();
-        let held = self.hold.send_replace(false);
+        let state = self.lock();
+        let held = self.hold.release();
         let stands = matches!(state.status, Status::Paused | Status::Recover);
         if held || stands {
-            state.endpoint = endpoint;
-            self.recover.notify_one();
+            self.hold.go_on(endpoint);
         }
         held || stands
-    }
-
-    /// Waits until the operator wants to go on now.
-    pub(super) async fn recover_asked(&self) {
-        self.recover.notified().await;
-    }
-
-    /// The address that the operator named, if that is news.
-    pub(super) fn take_endpoint(&self) -> Option<Endpoint> {
-        self.lock().endpoint.take()
-    }
-
-    /// Whether the operator wants a pause.
-    pub(super) fn is_held(&self) -> bool {
-        *self.hold.borrow()
-    }
-
-    /// Waits until the operator wants a pause.
-    pub(super) async fn held(&self) {
-        self.wait_for_hold(true).await;
-    }
-
-    /// Waits until the operator does not want a pause any more.
-    pub(super) async fn released(&self) {
-        self.wait_for_hold(false).await;
-    }
-
-    async fn wait_for_hold(&self, wanted: bool) {
-        // `self` holds the sending end, so it is there as long as anybody waits.
-        let _ = self.hold.subscribe().wait_for(|held| *held == wanted).await;
     }
 
     /// The writers are about to be stopped; `false` if a pause was wanted first. One lock decides which.
     pub(super) fn begin_freeze(&self) -> bool {
         let mut state = self.lock();
-        state.freezing = !self.is_held();
+        state.freezing = !self.hold.is_set();
         state.freezing
     }
 

@@ -340,6 +340,7 @@ impl FrameHeader {
     /// Reads a header and checks the length against its limit.
     pub fn decode(bytes: &[u8; FRAME_BYTES]) -> Result<Self, WireError> {
         let raw: Raw = zerocopy::transmute!(*bytes);
+        check_crc(FRAME, bytes)?;
         if raw.magic != MAGIC {
             let found = u32::from_be_bytes(raw.magic);
             return Err(WireError::illegal(
@@ -349,7 +350,6 @@ impl FrameHeader {
                 "expected \"MFcv\"",
             ));
         }
-        check_crc(FRAME, bytes)?;
         let length = raw.length.get();
         if length > MESSAGE_BYTES_MAX {
             return Err(WireError::illegal(

@@ -35,12 +35,23 @@ impl Which {
     }
 }
 
-/// A fault that waits for its moment: so many bytes from now, sender to receiver.
+/// When it happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// So many bytes from now, sender to receiver.
+    Bytes(u64),
+    /// When the sender says this.
+    Sent(&'static str),
+    /// When the receiver says this.
+    Answered(&'static str),
+}
+
+/// A fault that waits for its moment.
 #[derive(Debug)]
 struct Trap {
     which: Which,
     damage: Damage,
-    after_bytes: u64,
+    moment: Moment,
 }
 
 #[derive(Debug, Default)]
@@ -53,6 +64,10 @@ struct Shared {
     over: AtomicBool,
     /// Nobody can connect.
     closed: AtomicBool,
+    /// A trap for every new connection.
+    every: Mutex<Option<(Which, Moment)>>,
+    /// Only streams below this number can.
+    streams_max: Mutex<Option<u16>>,
     connections: AtomicU64,
     forwarded: AtomicU64,
 }
@@ -97,13 +112,23 @@ impl Relay {
         self.shared.cut(which);
     }
 
-    /// Damages what is sent to the receiver on a connection, `after_bytes` from now; once.
-    pub(crate) fn set_trap(&self, which: Which, damage: Damage, after_bytes: u64) {
+    /// Damages what passes on a connection at that moment; once.
+    pub(crate) fn set_trap(&self, which: Which, damage: Damage, moment: Moment) {
         *self.shared.trap.lock().unwrap() = Some(Trap {
             which,
             damage,
-            after_bytes,
+            moment,
         });
+    }
+
+    /// Cuts every connection of that kind at that moment of its life.
+    pub(crate) fn set_every(&self, which: Which, moment: Moment) {
+        *self.shared.every.lock().unwrap() = Some((which, moment));
+    }
+
+    /// Hangs up on streams from this number on.
+    pub(crate) fn set_streams_max(&self, streams: u16) {
+        *self.shared.streams_max.lock().unwrap() = Some(streams);
     }
 
     /// Whether the trap has done its work.
@@ -172,19 +197,34 @@ impl Shared {
         let Ok(Preamble { purpose, .. }) = Preamble::decode(&preamble) else {
             return;
         };
+        if let Some((which, moment)) = *self.every.lock().unwrap()
+            && which.is(purpose)
+        {
+            *self.trap.lock().unwrap() = Some(Trap {
+                which,
+                damage: Damage::Cut,
+                moment,
+            });
+        }
+        let streams_max = *self.streams_max.lock().unwrap();
+        if let (Purpose::Stream(stream), Some(max)) = (purpose, streams_max)
+            && stream >= max
+        {
+            return;
+        }
         caller.set_nodelay(true).unwrap();
         called.set_nodelay(true).unwrap();
         let ends = || [caller.try_clone().unwrap(), called.try_clone().unwrap()];
         let ([back_to, back_from], kept) = (ends(), ends());
         self.links.lock().unwrap().push((purpose, kept));
         let shared = Arc::clone(&self);
-        let back = thread::spawn(move || shared.forward(back_from, back_to, None));
+        let back = thread::spawn(move || shared.forward(back_from, back_to, purpose, true));
         let [from, into] = ends();
-        self.forward(from, into, Some(purpose));
+        self.forward(from, into, purpose, false);
         let _ = back.join();
     }
 
-    fn forward(&self, mut from: TcpStream, mut into: TcpStream, purpose: Option<Purpose>) {
+    fn forward(&self, mut from: TcpStream, mut into: TcpStream, purpose: Purpose, back: bool) {
         let mut buffer = vec![0; 64 * 1024];
         while let Ok(count @ 1..) = from.read(&mut buffer) {
             {
@@ -192,11 +232,11 @@ impl Shared {
                 drop(self.changed.wait_while(silent, |silent| *silent).unwrap());
             }
             let bytes = &mut buffer[..count];
-            let keep = purpose.map_or(count, |purpose| self.damaged(purpose, bytes));
+            let keep = self.damaged(purpose, back, bytes);
             if into.write_all(&bytes[..keep]).is_err() || keep < count {
                 break;
             }
-            if purpose.is_some() {
+            if !back {
                 self.forwarded.fetch_add(count as u64, Ordering::Relaxed);
             }
         }
@@ -205,16 +245,26 @@ impl Shared {
     }
 
     /// Does to `bytes` what the trap says; gives how many of them go on.
-    fn damaged(&self, purpose: Purpose, bytes: &mut [u8]) -> usize {
+    fn damaged(&self, purpose: Purpose, back: bool, bytes: &mut [u8]) -> usize {
         let mut trap = self.trap.lock().unwrap();
         let Some(set) = trap.as_mut().filter(|trap| trap.which.is(purpose)) else {
             return bytes.len();
         };
-        let Some(at) = usize::try_from(set.after_bytes)
-            .ok()
-            .filter(|at| *at < bytes.len())
-        else {
-            set.after_bytes -= bytes.len() as u64;
+        let find = |text: &str| {
+            let mut windows = bytes.windows(text.len());
+            windows.position(|window| window == text.as_bytes())
+        };
+        let at = match &mut set.moment {
+            Moment::Bytes(left) if !back => {
+                let at = usize::try_from(*left).ok().filter(|at| *at < bytes.len());
+                *left = left.saturating_sub(bytes.len() as u64);
+                at
+            }
+            Moment::Sent(text) if !back => find(text),
+            Moment::Answered(text) if back => find(text),
+            _ => None,
+        };
+        let Some(at) = at else {
             return bytes.len();
         };
         let damage = set.damage;

@@ -1,5 +1,6 @@
 //! A seeded model of an attempt: the real streams, trackers, plans and assembly over channels that write
-//! short, release late and die, with a writer that changes pages at every moment between two steps.
+//! short, release late and die, with a writer that changes pages at every moment between two steps. An attempt
+//! whose connections died is resumed over others, or begun again.
 //! Whatever happens, what the receiver holds after the last frozen pass is what the source holds.
 //!
 //! A run follows from its seed alone: the streams are threads, but only one of them runs at a time,
@@ -158,6 +159,8 @@ struct Attempt<'a> {
     streams: Vec<OutgoingStream>,
     owed: Arc<Owed>,
     iteration: u32,
+    /// Iterations that were not interrupted.
+    passes: u32,
     totals: Vec<StreamTotals>,
     torn_pages: u64,
 }
@@ -194,11 +197,40 @@ impl<'a> Attempt<'a> {
             assembly,
             streams: Vec::new(),
             iteration: 0,
-            totals: Vec::new(),
+            totals: vec![StreamTotals::default(); shape.streams.into()],
+            passes: 0,
             torn_pages: 0,
         };
         attempt.open_streams(epoch);
+        for (region, tracker) in &*attempt.sources {
+            tracker.begin(region).unwrap();
+        }
         attempt
+    }
+
+    /// The connections are lost: what the receiver has stays, and the rest is still owed.
+    fn resume(&mut self, epoch: u32) {
+        let streams = std::mem::take(&mut self.streams);
+        let left: Vec<_> = (0..)
+            .zip(streams)
+            .map(|(index, stream)| (index, stream.abandon().unwrap()))
+            .collect();
+        let (mut applied, mut missing) = (self.assembly.frames_applied(), self.assembly.missing());
+        if self.turns.draw(|random| random.one_in(4)) {
+            // The answer to an earlier try was lost, and with it what it said.
+            applied.clear();
+        }
+        if self.turns.draw(|random| random.one_in(4)) {
+            // Runs may be joined.
+            for run in &mut missing {
+                let pages = self.sources[run.region as usize].0.pages();
+                run.pages = (run.pages + 3).min(pages - run.first);
+            }
+        }
+        self.owed.settle(&left, &applied, &missing);
+        self.assembly = Arc::new(self.assembly.succeed(epoch, self.iteration + 1).unwrap());
+        self.totals.fill(StreamTotals::default());
+        self.open_streams(epoch);
     }
 
     fn open_streams(&mut self, epoch: u32) {
@@ -241,9 +273,6 @@ impl<'a> Attempt<'a> {
 
     /// All of it: some passes while the writer writes, one while it is frozen, and the verdict.
     fn run(&mut self) -> Result<(), StreamError> {
-        for (region, tracker) in &*self.sources {
-            tracker.begin(region).unwrap();
-        }
         if self.shape.tracking != Tracking::None {
             self.turns.set_writing(true);
             for _ in 0..self.turns.draw(|random| random.below(4)) {
@@ -268,7 +297,7 @@ impl<'a> Attempt<'a> {
                 index,
                 region,
                 &self.owed.of(index),
-                self.iteration == 1,
+                self.passes == 0,
                 &mut runs,
             )?;
         }
@@ -301,6 +330,7 @@ impl<'a> Attempt<'a> {
         self.iteration += 1;
         let reports = self.pass(Pass::Send)?;
         self.totals = reports.iter().map(|report| report.totals).collect();
+        self.passes += 1;
         // All that was owed has been carried: what still is arrived torn.
         self.torn_pages += self.owed.count();
         assert_eq!(self.assembly.iterations(), self.iteration);
@@ -345,6 +375,7 @@ impl Drop for Seed {
 /// What the runs met, so that a model which meets nothing is noticed.
 #[derive(Debug, Default)]
 struct Met {
+    resumed: u64,
     failed_attempts: u64,
     torn_pages: u64,
     completed: u64,
@@ -362,9 +393,23 @@ fn run(seed: u64, met: &mut Met) {
         .collect();
     let turns = Arc::new(Turns::new(random, World::new(&memory)));
     turns.scribble(200);
-    for epoch in 0..ATTEMPTS_MAX {
+    let mut epoch = 0;
+    for _ in 0..ATTEMPTS_MAX {
+        epoch += 1;
         let mut attempt = Attempt::new(&shape, &turns, &memory, epoch);
-        let ended = attempt.run();
+        let mut ended = attempt.run();
+        while matches!(ended, Err(StreamError::Lost { .. }))
+            && !turns.draw(|random| random.one_in(4))
+        {
+            met.resumed += 1;
+            turns.set_writing(false);
+            if shape.tracking != Tracking::None {
+                turns.scribble(5);
+            }
+            epoch += 1;
+            attempt.resume(epoch);
+            ended = attempt.run();
+        }
         met.torn_pages += attempt.torn_pages;
         match ended {
             Ok(()) => {
@@ -410,7 +455,7 @@ fn after_the_last_frozen_pass_no_page_at_the_receiver_is_stale() {
     assert_eq!(met.completed, runs);
     if runs >= RUNS_DEFAULT {
         assert!(
-            met.failed_attempts > 0 && met.torn_pages > 0,
+            met.failed_attempts > 0 && met.resumed > 0 && met.torn_pages > 0,
             "{met:?}: too easy"
         );
     }

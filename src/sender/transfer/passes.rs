@@ -149,7 +149,7 @@ impl Transfer {
                     Err(error) => return Err(reason(error, talk).await),
                 },
                 message = talk.hear() => return Err(unexpected(message?)),
-                () = self.attempt.held(), if whole && !self.standstill.is_frozen() => {
+                () = self.attempt.hold.wait(true), if whole && !self.standstill.is_frozen() => {
                     plan.end();
                     whole = false;
                 }

@@ -91,11 +91,11 @@ impl Transfer {
         let mut pause = Duration::ZERO;
         let mut why = None;
         loop {
-            if self.attempt.is_held() {
-                self.attempt.released().await;
+            if self.attempt.hold.is_set() {
+                self.attempt.hold.wait(false).await;
                 deadline = Instant::now() + limit;
             }
-            if let Some(endpoint) = self.attempt.take_endpoint() {
+            if let Some(endpoint) = self.attempt.hold.take_endpoint() {
                 self.order.endpoint = endpoint;
             }
             let frozen = self.standstill.is_frozen();
@@ -125,7 +125,7 @@ impl Transfer {
                 () = sleep_until((now + pause).min(deadline).into()) => {
                     pause = (pause * 2).clamp(PAUSE_MIN, PAUSE_MAX);
                 }
-                () = self.attempt.recover_asked() => pause = Duration::ZERO,
+                () = self.attempt.hold.asked_to_go_on() => pause = Duration::ZERO,
             }
         }
         self.clock.connected = Instant::now();
@@ -141,7 +141,7 @@ impl Transfer {
     /// Stays at a barrier as long as the operator wants it to. A connection that is lost meanwhile is
     /// replaced when it is to go on.
     pub(super) async fn hold(&mut self) -> Result<(), TransferError> {
-        if !self.attempt.is_held() {
+        if !self.attempt.hold.is_set() {
             return Ok(());
         }
         self.attempt.enter(Status::Paused);
@@ -149,14 +149,14 @@ impl Transfer {
         let said = {
             let talk = super::under_way(&mut self.talk)?;
             tokio::select! {
-                () = self.attempt.released() => None,
+                () = self.attempt.hold.wait(false) => None,
                 said = talk.hear() => Some(said),
             }
         };
         self.clock.reset();
         let error = match said {
             // To another address it goes as after a loss.
-            None => match self.attempt.take_endpoint() {
+            None => match self.attempt.hold.take_endpoint() {
                 None => {
                     self.attempt.enter(Status::Active);
                     return Ok(());
@@ -200,7 +200,7 @@ impl Transfer {
                 applied,
                 missing,
             } => {
-                self.debt.settle(left, &applied, &missing);
+                self.debt.owed().settle(left, &applied, &missing);
                 left.clear();
                 self.epoch = epoch;
                 self.totals.fill(StreamTotals::default());
@@ -222,7 +222,7 @@ impl Transfer {
         self.thaw().await;
         self.nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
         self.standstill = Standstill::new(self.nonce, self.order.guardian.clone());
-        self.debt.owe_all();
+        self.debt.owed().fill();
         (self.iteration, self.passes, self.changed_pages) = (0, 0, 0);
         self.agree(false).await
     }
