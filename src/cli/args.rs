@@ -69,6 +69,10 @@ pub enum Command {
     Guardian(GuardianArgs),
     /// Check a configuration file, and whether this machine can do what it asks for.
     Check(CheckArgs),
+    /// Show what this machine allows, and what to do about the rest. Exits with 1 if nothing can lend.
+    ///
+    /// Zero-copy engines are tried, not looked up.
+    Doctor(DoctorArgs),
 }
 
 /// Arguments of the daemons.
@@ -235,7 +239,7 @@ pub struct DemoArgs {
     /// How much of the Region the writer writes to.
     #[arg(long, default_value = "128MiB", value_name = "SIZE")]
     pub working_set: Size,
-    /// Zero-copy engine: auto, msg-zerocopy or off.
+    /// Zero-copy engine: auto, msg-zerocopy, io-uring, io-uring-fixed or off.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub zero_copy: String,
     /// End standard output with one line of JSON: the final state, and what the comparison found.
@@ -281,6 +285,17 @@ pub struct GuardianArgs {
 pub struct CheckArgs {
     /// Configuration file of a sender or a receiver.
     pub file: PathBuf,
+}
+
+/// Arguments of `memferry doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Directory that a receiver is to use.
+    #[arg(long, value_name = "DIRECTORY", default_value = "/dev/shm")]
+    pub directory: PathBuf,
+    /// Print one line of JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `KEY=VALUE`: a number or true/false as such, everything else as text. The daemon knows the keys.

@@ -10,6 +10,7 @@ use clap::Parser;
 
 pub mod args;
 mod demo;
+mod doctor;
 pub mod exit;
 mod interrupts;
 mod migrate;
@@ -48,6 +49,7 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
         Command::Workload(args) => return workload::run(args),
         Command::Guardian(args) => return guardian(&args),
         Command::Check(args) => return check(&args.file),
+        Command::Doctor(args) => return doctor::run(&args),
     };
     done.unwrap_or_else(|error| {
         output::note(format_args!("memferry: {error}"));

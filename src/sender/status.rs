@@ -12,6 +12,7 @@ use crate::control::EventBus;
 use crate::limits::PAGE_BYTES;
 use crate::name::Name;
 use crate::stats::StreamStats;
+use crate::stream::{Fallback, Tell};
 use crate::wire::Owner;
 
 /// Payload in one Iteration that is enough to judge a rate by.
@@ -268,6 +269,24 @@ impl Attempt {
             .publish("MIGRATION_PASS", json!({"id": self.id, "pass": row.pass}));
     }
 
+    /// What a stream does with a fallback: an event, and a line in the log.
+    pub(super) fn tell(&self) -> Tell {
+        let (id, events) = (self.id.clone(), self.events.clone());
+        Tell(Box::new(move |fallback| {
+            let Fallback {
+                stream,
+                from,
+                to,
+                reason,
+            } = fallback;
+            tracing::info!(%id, stream, from, to, reason, "zero copy fell back");
+            events.publish(
+                "ZEROCOPY_FALLBACK",
+                json!({"id": id, "stream": stream, "from": from, "to": to, "reason": reason}),
+            );
+        }))
+    }
+
     /// The rate of the last Iteration that had something to send, in payload bytes per second.
     pub(super) fn bytes_per_second(&self) -> u64 {
         self.lock().bytes_per_second
@@ -355,6 +374,7 @@ impl Attempt {
             "path": shown.map_or("", |path| path.path),
             "sends": self.sum(|s| s.zero_copy_sends.get()),
             "copied": self.sum(|s| s.zero_copy_copied.get()),
+            "fallbacks": self.sum(|s| s.fallbacks.get()),
             "reason": shown.map_or("", |path| &path.reason),
         })
     }

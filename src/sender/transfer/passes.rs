@@ -83,7 +83,11 @@ impl Transfer {
             .plan(self.iteration, self.parameters.packet_size)
             .await?;
         let planned = plan.owed_pages();
-        let reports = self.pass(plan, Pass::Send).await?;
+        let pass = match writer {
+            Writer::Runs => Pass::Send,
+            Writer::StandsStill => Pass::SendFinal,
+        };
+        let reports = self.pass(plan, pass).await?;
 
         let time = started.elapsed();
         let pages: u64 = reports.iter().map(|report| report.pages).sum();
