@@ -35,7 +35,8 @@ def summarize(rows):
     summary = [summary_of(turns) for turns in cases.values()]
     plain = {(row["pages"], row["integrity"]): row for row in summary if row["engine"] == "off"}
     for row in summary:
-        reference = plain.get((row["pages"], row["integrity"]))
+        # A live transfer has nothing to be compared with.
+        reference = None if row["tracker"] else plain.get((row["pages"], row["integrity"]))
         row["of-plain"] = reference and row["sender-s-per-gib"] / reference["sender-s-per-gib"]
     return summary
 
