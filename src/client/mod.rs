@@ -3,6 +3,7 @@
 //! One connection, one thread: `execute` sends a command and returns its answer; events that come
 //! meanwhile are kept, in order, for `next_event`. No wait is without a deadline.
 
+mod stop;
 mod track;
 
 use std::collections::VecDeque;
@@ -20,6 +21,7 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
+pub use stop::{Order, Stoppable};
 pub use track::Tracked;
 
 use crate::limits::CONTROL_ANSWER_BYTES_MAX;
