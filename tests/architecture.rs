@@ -47,6 +47,8 @@ const ALSO_PURE: &[&str] = &[
     "control/parse.rs",
     "config/units.rs",
     "workload/pacer.rs",
+    "workload/pattern.rs",
+    "workload/stamp.rs",
 ];
 
 /// What a pure file must not name. Durations and `Instant` arguments are values; asking the time is not.

@@ -3,6 +3,7 @@
 //! One connection, one thread: `execute` sends a command and returns its answer; events that come
 //! meanwhile are kept, in order, for `next_event`. No wait is without a deadline.
 
+mod marks;
 mod track;
 
 use std::collections::VecDeque;
@@ -20,7 +21,8 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
-pub use track::Tracked;
+pub use marks::Marks;
+pub use track::{Tracked, Tracking};
 
 use crate::limits::CONTROL_ANSWER_BYTES_MAX;
 
