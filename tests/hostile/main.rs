@@ -122,7 +122,7 @@ impl World {
         order["uri"] = json!(self.relay.uri);
         order["id"] = json!(prey.name);
         order["regions"] = json!([prey.name]);
-        let mut armed = plan.fault != Fault::Nothing;
+        let mut armed = !matches!(plan.fault, Fault::Nothing | Fault::Refuse);
         if let When::Bytes(bytes) = plan.when
             && armed
         {
@@ -130,7 +130,6 @@ impl World {
         }
         if plan.fault == Fault::Refuse {
             fs::write(self.destination(prey), b"somebody's").unwrap();
-            armed = false;
         }
         self.sender.call("migrate", order);
         let deadline = Instant::now() + DEADLINE;
@@ -344,7 +343,18 @@ fn a_hostile_writer_is_moved_whole_or_stays_whole() {
     for seed in first..first + runs {
         let plan = Plan::draw(seed);
         let _told = Told(&plan);
+        let started = Instant::now();
         let outcome = world.run(&plan);
+        println!(
+            "XX {:?} {:?} {:?} {:?} {} {:?} {:?}",
+            started.elapsed(),
+            plan.tracker,
+            plan.fault,
+            plan.when,
+            plan.rate,
+            plan.parameters["max-bandwidth"],
+            outcome
+        );
         let moved = outcome == Outcome::Completed;
         *by_fault.entry((plan.fault, outcome)).or_default() += 1;
         let writer = format!("{:?} {:?}", plan.tracker, plan.pattern);
