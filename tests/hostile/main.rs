@@ -19,7 +19,7 @@ mod relay;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -75,6 +75,15 @@ struct Prey {
     writer: Option<Writer>,
     memory: PathBuf,
     account: PathBuf,
+}
+
+/// That memory holds what its writer wrote last.
+#[track_caller]
+fn assert_all_there(memory: &Path, account: &Account) {
+    let found = verify(&File::open(memory).unwrap(), account).unwrap();
+    let lost: Vec<_> = found.first.iter().map(ToString::to_string).collect();
+    let (count, memory) = (found.count, memory.display());
+    assert!(count == 0, "{count} writes are lost in {memory}: {lost:#?}");
 }
 
 impl World {
@@ -220,8 +229,7 @@ impl World {
     fn assert_moved(&self, plan: &Plan, prey: &Prey) {
         let destination = self.destination(prey);
         let account = Account::read(&prey.account).unwrap();
-        let found = verify(&File::open(&destination).unwrap(), &account).unwrap();
-        assert_eq!(found.count, 0, "writes are lost: {found:#?}");
+        assert_all_there(&destination, &account);
         // Also the page that was being written when the writer was stopped.
         assert_same(&prey.memory, &destination);
         if let Some(writer) = &prey.writer
@@ -242,12 +250,8 @@ impl World {
             thread::yield_now();
         }
         let account = || Account::read(&prey.account).unwrap();
-        let verified = |account: &Account| {
-            let found = verify(&File::open(&prey.memory).unwrap(), account).unwrap();
-            assert_eq!(found.count, 0, "the source is not complete: {found:#?}");
-        };
         let Some(writer) = &prey.writer else {
-            return verified(&account());
+            return assert_all_there(&prey.memory, &account());
         };
         writer.assert_runs();
         let before = account();
@@ -256,7 +260,7 @@ impl World {
             thread::yield_now();
         }
         writer.stop();
-        verified(&account());
+        assert_all_there(&prey.memory, &account());
         writer.signal(Signal::SIGCONT);
     }
 
@@ -343,18 +347,7 @@ fn a_hostile_writer_is_moved_whole_or_stays_whole() {
     for seed in first..first + runs {
         let plan = Plan::draw(seed);
         let _told = Told(&plan);
-        let started = Instant::now();
         let outcome = world.run(&plan);
-        println!(
-            "XX {:?} {:?} {:?} {:?} {} {:?} {:?}",
-            started.elapsed(),
-            plan.tracker,
-            plan.fault,
-            plan.when,
-            plan.rate,
-            plan.parameters["max-bandwidth"],
-            outcome
-        );
         let moved = outcome == Outcome::Completed;
         *by_fault.entry((plan.fault, outcome)).or_default() += 1;
         let writer = format!("{:?} {:?}", plan.tracker, plan.pattern);
