@@ -1,0 +1,162 @@
+//! From the freeze to the commit: the writer stands still, and then the memory has another owner.
+
+use std::time::Instant;
+
+use tokio::time::timeout;
+
+use crate::freeze::Freezer;
+use crate::journal::CommitSent;
+use crate::limits::PAGE_BYTES;
+use crate::stream::Pass;
+use crate::wire::{FromReceiver, FromSender};
+
+use super::super::error::TransferError;
+use super::super::status::Status;
+use super::{Outcome, Transfer, Writer, under_way, unexpected};
+
+impl Transfer {
+    /// Stops the writers, and waits until they are seen to stand still.
+    pub(super) async fn freeze(&mut self) -> Result<(), TransferError> {
+        self.attempt.enter(Status::Device);
+        let freezers: Vec<Freezer> = self
+            .order
+            .regions
+            .iter()
+            .map(|registered| registered.freezer.clone())
+            .collect();
+        self.standstill
+            .freeze(freezers, self.parameters.freeze_timeout)
+            .await?;
+        self.downtime.freeze = self.standstill.elapsed();
+        Ok(())
+    }
+
+    /// The last Iteration, again for what arrives damaged: nothing writes now, so what does not match
+    /// its checksum was changed on the way.
+    pub(super) async fn settle(&mut self) -> Result<(), TransferError> {
+        let (mut least, mut progress) = (u64::MAX, Instant::now());
+        // What is found by reading is not known before it is read.
+        let mut unread = self.scans();
+        while unread || self.debt.pages() > 0 {
+            self.iterate(Writer::StandsStill).await?;
+            unread = false;
+            let owed = self.debt.pages();
+            // Half of it, not one page: a peer must not be able to keep the writer frozen page by page.
+            if owed <= least / 2 {
+                (least, progress) = (owed, Instant::now());
+            } else if progress.elapsed() > self.parameters.stall_timeout {
+                return Err(TransferError::Corrupt {
+                    bytes: owed * PAGE_BYTES,
+                });
+            }
+        }
+        self.downtime.send = self.standstill.elapsed() - self.downtime.freeze;
+        Ok(())
+    }
+
+    /// Whether writes to some Region are found by reading it.
+    fn scans(&self) -> bool {
+        let mut trackers = self.debt.sources().iter().map(|(_, tracker)| tracker);
+        trackers.any(|tracker| tracker.fingerprints().is_some())
+    }
+
+    /// Reads once more what is tracked by reading: what was frozen must not have written.
+    pub(super) async fn check_frozen(&mut self) -> Result<(), TransferError> {
+        let started = Instant::now();
+        for (region, _) in self.debt.sources().iter() {
+            region.check_length()?;
+        }
+        if self.scans() {
+            let plan = self
+                .debt
+                .plan(self.iteration, self.parameters.packet_size)
+                .await?;
+            let reports = self.pass(plan, Pass::Check).await?;
+            let pages = reports.iter().map(|report| report.pages).sum();
+            if pages > 0 {
+                return Err(TransferError::NotFrozen { pages });
+            }
+        }
+        self.downtime.check = started.elapsed();
+        Ok(())
+    }
+
+    /// The receiver counts the same as we do, and has everything.
+    pub(super) async fn prepare(&mut self) -> Result<(), TransferError> {
+        self.attempt.enter(Status::Completing);
+        let started = Instant::now();
+        let streams = self.totals.clone();
+        let talk = under_way(&mut self.talk)?;
+        talk.say(&FromSender::Prepare { streams }).await?;
+        // Heartbeats are no progress, and the writer stands still meanwhile.
+        let patience = self.parameters.stall_timeout;
+        // While the receiver makes itself ready, every tracker is asked once more.
+        let (answer, written) = tokio::join!(timeout(patience, talk.hear()), self.debt.harvest());
+        match written? {
+            0 => {}
+            pages => return Err(TransferError::NotFrozen { pages }),
+        }
+        match answer {
+            Ok(message) => match message? {
+                FromReceiver::Prepared {} => {}
+                other => return Err(unexpected(other)),
+            },
+            Err(_) => {
+                return Err(TransferError::NotPrepared {
+                    seconds: patience.as_secs_f32(),
+                });
+            }
+        }
+        // The last look before the point of no return.
+        self.standstill.check()?;
+        self.downtime.prepare = started.elapsed();
+        Ok(())
+    }
+
+    /// The point of no return: from here on only the receiver can say who owns the Regions, and the
+    /// writers stay stopped whatever becomes of this process.
+    pub(super) fn record_commit(&mut self) -> Result<CommitSent, TransferError> {
+        if !self.attempt.begin_commit() {
+            return Err(TransferError::Cancelled);
+        }
+        let record = CommitSent {
+            nonce: self.nonce,
+            id: self.attempt.id.clone(),
+            uri: self.reached.to_string(),
+            boot_id: self.order.boot_id.clone(),
+            receiver_boot_id: self.receiver_boot_id.clone(),
+            regions: self.attempt.regions.clone(),
+            stopped: self.standstill.record(),
+        };
+        let written = self.order.journal.decide(self.nonce, record);
+        let record = written.map_err(TransferError::local("record the commit"))?;
+        self.standstill.keep();
+        Ok(record)
+    }
+
+    pub(super) async fn commit(mut self, record: CommitSent) -> Outcome {
+        let started = Instant::now();
+        let nonce = self.nonce;
+        let answer = async {
+            let talk = under_way(&mut self.talk)?;
+            talk.say(&FromSender::Commit { nonce }).await?;
+            talk.hear().await
+        };
+        let answer = answer.await;
+        let now = Instant::now();
+        self.crew.finish().await;
+        match answer {
+            Ok(FromReceiver::Committed {}) => {
+                self.downtime.commit = now - started;
+                self.downtime.total = now - self.standstill.since();
+                self.attempt.set_downtime(self.downtime);
+                Outcome::Committed(Box::new(record))
+            }
+            // Even a refusal is not taken at its word here: the inquiry makes it one for ever.
+            answer => {
+                tracing::warn!(id = %self.attempt.id, ?answer, "the commit was sent, and its answer did not come");
+                Outcome::Indeterminate(Box::new(record))
+            }
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! One attempt to move a set of Regions to one receiver. [`Transfer::run`] is the whole story; its
+//! chapters are the files beside this one.
+//!
+//! Up to the commit record any failure ends with the writer running and nothing at the destination;
+//! behind it nothing thaws the writer until the receiver has said that it is not the owner (rule 4).
+
+mod handover;
+mod opening;
+mod passes;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::config::{FreezeConfig, Integrity, TransferParameters, WhenNotConverging};
+use crate::dirty::Tracker;
+use crate::endpoint::Endpoint;
+use crate::guardian::Guardian;
+use crate::journal::{CommitSent, Journal};
+use crate::peer::{Conversation, PeerError};
+use crate::stream::StreamError;
+use crate::sys::wake::Wake;
+use crate::wire::{BootId, FromReceiver, FromSender, Hex128, StreamTotals};
+
+use super::crew::{Crew, REASON_WAIT, affinity};
+use super::debt::{Debt, Source};
+use super::error::TransferError;
+use super::registry::{Registered, Tracking};
+use super::standstill::Standstill;
+use super::status::{Attempt, Downtime};
+
+/// How long a failing transfer takes to tell the receiver so.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+type Talk = Conversation<FromSender, FromReceiver>;
+
+/// What the writers do during an Iteration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Writer {
+    Runs,
+    StandsStill,
+}
+
+/// How a transfer that got as far as the commit record ended.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// The receiver owns the Regions; the record has served.
+    Committed(Box<CommitSent>),
+    /// The answer to the commit did not come: only the receiver knows.
+    Indeterminate(Box<CommitSent>),
+}
+
+/// What a transfer needs from the daemon.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub(super) endpoint: Endpoint,
+    pub(super) regions: Vec<Registered>,
+    pub(super) journal: Arc<Journal>,
+    pub(super) guardian: Arc<Mutex<Guardian>>,
+    pub(super) boot_id: BootId,
+}
+
+/// A transfer on its way.
+pub(super) struct Transfer {
+    attempt: Arc<Attempt>,
+    parameters: TransferParameters,
+    order: Order,
+    nonce: Hex128,
+    debt: Debt,
+    iteration: u32,
+    /// Bytes that were left when the last Iteration began.
+    remaining_before: u64,
+    /// Pages that the last Iteration found changed by reading them.
+    changed_pages: u64,
+    inspect_bytes_per_second: u64,
+    totals: Vec<StreamTotals>,
+    /// Where the conversation went: streams and inquiries go to the same receiver.
+    reached: Endpoint,
+    talk: Option<Talk>,
+    receiver_boot_id: BootId,
+    wake: Wake,
+    crew: Crew,
+    standstill: Standstill,
+    downtime: Downtime,
+}
+
+impl Transfer {
+    /// Prepares a transfer; talks to nobody yet.
+    pub(super) fn new(attempt: Arc<Attempt>, order: Order) -> Result<Self, TransferError> {
+        let parameters = attempt.parameters.clone();
+        if parameters.when_not_converging == WhenNotConverging::Throttle {
+            return Err(TransferError::NotServed(
+                "when-not-converging = \"throttle\"",
+            ));
+        }
+        let source = |registered: &Registered| {
+            let region = Arc::clone(&registered.region);
+            let live = registered.freeze != FreezeConfig::None;
+            let tracker = match &registered.tracking {
+                Tracking::None => Tracker::None,
+                Tracking::Scan if live && parameters.integrity == Integrity::Off => {
+                    return Err(TransferError::ScanWithoutIntegrity {
+                        name: region.name().clone(),
+                    });
+                }
+                Tracking::Scan => {
+                    Tracker::scan(&region).map_err(TransferError::local("make fingerprints"))?
+                }
+                Tracking::Exact(exact) => Tracker::exact(Arc::clone(exact)),
+            };
+            Ok((region, tracker))
+        };
+        let sources: Arc<[Source]> = order.regions.iter().map(source).collect::<Result<_, _>>()?;
+        let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
+        let standstill = Standstill::new(nonce, Arc::clone(&order.guardian));
+        let cpus = affinity(&parameters.cpus)?;
+        let wake = Wake::new().map_err(TransferError::local("make an eventfd"))?;
+        Ok(Self {
+            debt: Debt::of_all(sources),
+            nonce,
+            attempt,
+            parameters,
+            iteration: 0,
+            remaining_before: u64::MAX,
+            changed_pages: 0,
+            inspect_bytes_per_second: 0,
+            totals: Vec::new(),
+            reached: order.endpoint.clone(),
+            talk: None,
+            receiver_boot_id: BootId("".into()),
+            crew: Crew::new(wake.clone(), cpus),
+            wake,
+            order,
+            standstill,
+            downtime: Downtime::default(),
+        })
+    }
+
+    /// Asks the receiver whether it would take the Regions, and sends nothing.
+    pub(super) async fn rehearse(mut self) -> Result<(), TransferError> {
+        self.agree(true).await?;
+        Ok(())
+    }
+
+    /// Runs the transfer to its end, and leaves nothing behind whatever that end is.
+    pub(super) async fn drive(mut self) -> Result<Outcome, TransferError> {
+        let cancel = self.attempt.cancel.clone();
+        let limit = self.parameters.timeout;
+        let ready = tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(TransferError::Cancelled),
+            () = expired(limit) => Err(TransferError::TimedOut { seconds: limit.unwrap_or_default().as_secs_f32() }),
+            ready = self.run() => ready,
+        };
+        // Outside of the select: behind the record there is no cancel and no timeout any more.
+        match ready.and_then(|()| self.record_commit()) {
+            Ok(record) => Ok(self.commit(record).await),
+            Err(error) => {
+                self.undo(&error).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Everything up to the commit, which either side may still refuse.
+    async fn run(&mut self) -> Result<(), TransferError> {
+        let (token, epoch) = self.agree(false).await?;
+        self.open_streams(token, epoch).await?;
+        self.debt.arm().await?;
+        while !self.converged()? {
+            self.iterate(Writer::Runs).await?;
+        }
+        self.freeze().await?;
+        self.debt.harvest_frozen().await?;
+        self.settle().await?;
+        self.check_frozen().await?;
+        self.prepare().await
+    }
+
+    /// Back to where it was: the writer first.
+    async fn undo(self, error: &TransferError) {
+        self.standstill.thaw().await;
+        self.debt.restore();
+        if let Some(talk) = &self.talk {
+            let abort = FromSender::Abort {
+                code: error.code().into(),
+                desc: error.to_string().into(),
+            };
+            let _ = timeout(GOODBYE, talk.say(&abort)).await;
+        }
+        self.crew.abandon().await;
+        if let Some(talk) = self.talk {
+            talk.farewell().await;
+        }
+    }
+}
+
+/// The conversation, which `agree` has started.
+fn under_way(talk: &mut Option<Talk>) -> Result<&mut Talk, PeerError> {
+    talk.as_mut()
+        .ok_or_else(|| PeerError::Lost(std::io::ErrorKind::NotConnected.into()))
+}
+
+async fn expired(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What a message means that is not the one that was due.
+fn unexpected(message: FromReceiver) -> TransferError {
+    match message {
+        FromReceiver::Refuse { code, desc } => refused(&code, &desc),
+        other => {
+            let text = serde_json::to_value(other).unwrap_or_default();
+            TransferError::OutOfPlace(text["type"].to_string())
+        }
+    }
+}
+
+fn refused(code: &impl ToString, desc: &impl ToString) -> TransferError {
+    TransferError::Refused {
+        code: code.to_string(),
+        desc: desc.to_string(),
+    }
+}
+
+/// Why a stream failed. If its connection did, the receiver may just be telling us.
+async fn reason(error: StreamError, talk: &mut Talk) -> TransferError {
+    if matches!(error, StreamError::Lost { .. })
+        && let Ok(Ok(FromReceiver::Refuse { code, desc })) = timeout(REASON_WAIT, talk.hear()).await
+    {
+        return refused(&code, &desc);
+    }
+    error.into()
+}

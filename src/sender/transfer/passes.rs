@@ -1,0 +1,155 @@
+//! Iterations while the writer runs: what is left, whether that is little enough, and one pass over it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::config::{FreezeConfig, WhenNotConverging};
+use crate::iteration::{Next, Plan, State};
+use crate::limits::PAGE_BYTES;
+use crate::region::RegionError;
+use crate::stream::{Pass, Report};
+
+use super::super::error::TransferError;
+use super::super::status::{IterationRow, per_second};
+use super::{Transfer, Writer, reason, under_way, unexpected};
+
+impl Transfer {
+    /// Whether so little is left that the writer can be stopped for it.
+    pub(super) fn converged(&self) -> Result<bool, TransferError> {
+        if self.iteration == 0 {
+            return Ok(false);
+        }
+        let mut inspect_bytes = 0;
+        for (region, tracker) in self.debt.sources().iter() {
+            inspect_bytes += tracker.inspect_bytes(region)?;
+        }
+        let state = State {
+            iterations: self.iteration,
+            remaining_bytes: self.remaining_bytes()?,
+            remaining_bytes_before: self.remaining_before,
+            inspect_bytes,
+            bytes_per_second: self.attempt.bytes_per_second(),
+            inspect_bytes_per_second: self.inspect_bytes_per_second,
+        };
+        self.attempt.expect(state.expected_downtime());
+        match state.next(
+            self.parameters.downtime_limit,
+            self.parameters.max_iterations,
+        ) {
+            Next::Iterate => Ok(false),
+            Next::Freeze => Ok(true),
+            Next::NotConverging
+                if self.parameters.when_not_converging == WhenNotConverging::Fail =>
+            {
+                Err(TransferError::NotConverging {
+                    iterations: self.iteration,
+                    remaining: state.remaining_bytes,
+                })
+            }
+            Next::NotConverging => {
+                tracing::warn!(id = %self.attempt.id, remaining = state.remaining_bytes, "max-iterations reached: freezing with more left than the downtime limit allows");
+                Ok(true)
+            }
+        }
+    }
+
+    /// What is still to be sent, as far as anyone can know: the debt, and for Regions whose writes are
+    /// found by reading, as much as the last Iteration found.
+    fn remaining_bytes(&self) -> Result<u64, RegionError> {
+        let mut bytes = self.debt.bytes() + self.changed_pages * PAGE_BYTES;
+        if self.iteration == 1 {
+            // The first pass sent everything and so could find nothing: all of it may have changed.
+            for ((region, tracker), registered) in
+                self.debt.sources().iter().zip(&self.order.regions)
+            {
+                if registered.freeze != FreezeConfig::None {
+                    bytes += tracker.inspect_bytes(region)?;
+                }
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// One pass over what is owed or may have been written. When it ends, everything that was lent is
+    /// released and everything that was sent is applied, on every stream.
+    pub(super) async fn iterate(&mut self, writer: Writer) -> Result<(), TransferError> {
+        if self.iteration > 0 {
+            self.remaining_before = self.remaining_bytes()?;
+        }
+        self.iteration += 1;
+        let started = Instant::now();
+        let plan = self
+            .debt
+            .plan(self.iteration, self.parameters.packet_size)
+            .await?;
+        let planned = plan.owed_pages();
+        let reports = self.pass(plan, Pass::Send).await?;
+
+        let time = started.elapsed();
+        let pages: u64 = reports.iter().map(|report| report.pages).sum();
+        self.changed_pages = pages.saturating_sub(planned);
+        // Streams read and send side by side, so their rates add up; what each of them takes for
+        // reading says nothing about the link, and the other way round.
+        let read = reports
+            .iter()
+            .map(|report| rate(report.read_bytes, report.read_time));
+        self.inspect_bytes_per_second = read.sum();
+        let sent = reports
+            .iter()
+            .map(|report| rate(report.payload_bytes, report.send_time));
+        self.totals = reports.iter().map(|report| report.totals).collect();
+        self.debt
+            .paid_except(reports.iter().flat_map(|report| &report.torn));
+        let torn_pages = self.debt.pages();
+        if writer == Writer::Runs {
+            self.debt.harvest().await?;
+        }
+        self.attempt.iteration_ended(IterationRow {
+            pass: self.iteration,
+            payload_bytes: reports.iter().map(|report| report.payload_bytes).sum(),
+            pages,
+            torn_pages,
+            dirty_bytes: self.remaining_bytes()?,
+            bytes_per_second: sent.sum(),
+            time,
+            flush_time: reports
+                .iter()
+                .map(|report| report.flush_time)
+                .max()
+                .unwrap_or_default(),
+        });
+        Ok(())
+    }
+
+    /// Has every stream do its part of a plan; their reports are ordered by nothing but completion,
+    /// except that totals are put in the streams' order.
+    pub(super) async fn pass(
+        &mut self,
+        plan: Arc<Plan>,
+        pass: Pass,
+    ) -> Result<Vec<Report>, TransferError> {
+        let talk = under_way(&mut self.talk)?;
+        self.crew.begin(&plan, pass);
+        let mut reports = Vec::with_capacity(self.crew.len());
+        while reports.len() < self.crew.len() {
+            tokio::select! {
+                report = self.crew.hear() => match report {
+                    Ok(report) => reports.push(report),
+                    Err(error) => return Err(reason(error, talk).await),
+                },
+                message = talk.hear() => return Err(unexpected(message?)),
+            }
+        }
+        reports.sort_by_key(|report| report.stream);
+        Ok(reports)
+    }
+}
+
+/// A rate over what a stream did, 0 if it did nothing.
+fn rate(bytes: u64, time: Duration) -> u64 {
+    if bytes == 0 {
+        0
+    } else {
+        per_second(bytes, time)
+    }
+}
