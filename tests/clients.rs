@@ -8,6 +8,7 @@ mod common;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -105,4 +106,27 @@ fn the_program_that_the_kernel_tracks_is_moved() {
     let pair = Pair::new();
     let client = Client::start(&pair, &mut program(&pair, 2));
     moves(pair, "pagemap", &client.memfd("ram"));
+}
+
+#[test]
+fn the_program_that_marks_is_moved_and_ends() {
+    let pair = Pair::new();
+    let mut client = Client::start(&pair, &mut program(&pair, 3));
+    let ram = client.path.clone();
+    moves(pair, "bitmap", &ram);
+    assert!(client.child.wait().unwrap().success());
+}
+
+#[test]
+fn the_example_in_rust_is_moved_and_ends() {
+    let pair = Pair::new();
+    // Beside the tests, where cargo builds examples before it runs them.
+    let tests = std::env::current_exe().unwrap();
+    let example = tests.ancestors().nth(2).unwrap().join("examples/writer");
+    assert!(example.exists(), "cargo build --example writer");
+    let mut client = Client::start(&pair, &mut Command::new(example));
+    let ram = fs::File::open(client.memfd("ram")).unwrap();
+    let held = format!("/proc/self/fd/{}", ram.as_raw_fd());
+    moves(pair, "pagemap", Path::new(&held));
+    assert!(client.child.wait().unwrap().success());
 }

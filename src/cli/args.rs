@@ -56,6 +56,10 @@ pub enum Command {
     Status(StatusArgs),
     /// Cancel a transfer: the latest, or the one with this id. The source keeps running.
     Cancel(CancelArgs),
+    /// Say on behalf of writers that stop themselves that they stand still, and stay so.
+    ///
+    /// For a transfer in `pre-switchover` whose writers (freeze `client`) were stopped by hand.
+    Continue(ContinueArgs),
     /// Say who owns the Regions of an indeterminate transfer, when the receiver cannot.
     ///
     /// Look at the destination first: if it runs there and you say `source`, it runs twice.
@@ -201,6 +205,13 @@ pub struct StatusArgs {
 /// Arguments of `memferry cancel`.
 #[derive(Debug, Args)]
 pub struct CancelArgs {
+    /// Id of the transfer.
+    pub id: Option<Name>,
+}
+
+/// Arguments of `memferry continue`.
+#[derive(Debug, Args)]
+pub struct ContinueArgs {
     /// Id of the transfer.
     pub id: Option<Name>,
 }

@@ -72,6 +72,7 @@ impl Exit {
             | "id-in-use"
             | "no-such-transfer"
             | "not-indeterminate"
+            | "not-waiting"
             | "tracker-blind"
             | "tracker-failed"
             | "tracker-unsupported"

@@ -40,6 +40,10 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
             let id = args.id.as_ref().map(|id| id.as_str());
             migrate::cancel(socket, id).map(|()| Exit::Done)
         }
+        Command::Continue(args) => {
+            let id = args.id.as_ref().map(|id| id.as_str());
+            migrate::go_on(socket, id).map(|()| Exit::Done)
+        }
         Command::Resolve(args) => migrate::resolve(socket, &args).map(|()| Exit::Done),
         Command::Migrate(args) => migrate::run(socket, &args),
         Command::Sender(args) => return daemon(crate::sender::run(&args.config)),

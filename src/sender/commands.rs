@@ -7,12 +7,13 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::config::{FreezeConfig, TrackerConfig};
-use crate::control::{Call, CommandError, CommandInfo, Commands, code};
+use crate::control::{Call, ClientId, CommandError, CommandInfo, Commands, code};
 use crate::endpoint::Endpoint;
 use crate::name::Name;
 use crate::wire::{Hex128, Owner};
 
 use super::Sender;
+use super::clients::{Clients, Said};
 use super::registry::{self, Claim, Source};
 use super::status::Attempt;
 use super::transfer::{Order, Transfer};
@@ -27,6 +28,7 @@ const TABLE: &[CommandInfo] = &[
     command("query-regions", false),
     command("migrate", false),
     command("migrate_cancel", true),
+    command("migrate-continue", true),
     command("migrate-resolve", false),
     command("query-migrate", false),
     command("query-status", false),
@@ -65,6 +67,21 @@ struct RegionDel {
 #[serde(deny_unknown_fields)]
 struct OfAttempt {
     id: Option<Name>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Continue {
+    id: Option<Name>,
+    state: Question,
+}
+
+/// The states in which clients are asked something.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Question {
+    PreSwitchover,
+    Completing,
 }
 
 #[derive(Deserialize)]
@@ -122,7 +139,7 @@ impl SenderCommands {
             memory,
             add.tracker,
             add.freeze,
-            Some(&call.fds),
+            Some(call),
         )?;
         if let Err(error) = state.registry.check_page_size(&add.name, add.page_size) {
             state.registry.remove(&add.name)?;
@@ -181,7 +198,12 @@ impl SenderCommands {
                 .iter()
                 .map(|registered| registered.region.bytes())
                 .sum();
-            let attempt = Attempt::new(id, names, total, parameters, self.sender.events.clone());
+            let clients = regions.iter().filter_map(|registered| {
+                Some((registered.client.clone()?, registered.region.name().clone()))
+            });
+            let clients = Clients::new(clients);
+            let events = self.sender.events.clone();
+            let attempt = Attempt::new(id, names, total, parameters, events, clients);
             let order = Order {
                 endpoint,
                 regions,
@@ -245,6 +267,28 @@ impl SenderCommands {
         }
     }
 
+    /// A client answers what it was asked by the event of this state.
+    fn go_on(&self, client: ClientId, answer: &Continue) -> Result<Value, CommandError> {
+        let attempt = self.sender.attempt(answer.id.as_ref());
+        let attempt = attempt.ok_or_else(|| match &answer.id {
+            Some(id) => no_such(id),
+            None => CommandError::new("no-such-transfer", "There is no transfer"),
+        })?;
+        let said = match answer.state {
+            Question::PreSwitchover => Said::StandsStill,
+            Question::Completing => Said::HandsOver,
+        };
+        if attempt.answered(client, said) {
+            return Ok(json!({}));
+        }
+        let text = format!(
+            "'{}' does not wait for that: it is {}",
+            attempt.id,
+            attempt.status().as_str()
+        );
+        Err(CommandError::new("not-waiting", text))
+    }
+
     fn resolve(&self, resolve: &Resolve) -> Result<Value, CommandError> {
         let id = &resolve.id;
         let attempt = self.sender.attempt(Some(id)).ok_or_else(|| no_such(id))?;
@@ -290,6 +334,7 @@ impl Commands for SenderCommands {
             }
             "migrate" => self.migrate(call).await,
             "migrate_cancel" => self.cancel(call.parse::<OfAttempt>()?.id.as_ref()),
+            "migrate-continue" => self.go_on(call.client, &call.parse()?),
             "migrate-resolve" => self.resolve(&call.parse()?),
             "query-migrate" => self.query_migrate(call.parse::<OfAttempt>()?.id.as_ref()),
             "query-status" => {

@@ -29,6 +29,20 @@ pub(super) enum TransferError {
     Tracker(#[from] TrackerError),
     #[error(transparent)]
     Freeze(#[from] FreezeError),
+    #[error(
+        "the client that registered {regions} has closed its connection: it was to be stopped through it"
+    )]
+    ClientGone { regions: String },
+    #[error(
+        "the client that registered {regions} did not answer {question:?} within {seconds} s (freeze-timeout)"
+    )]
+    ClientSilent {
+        regions: String,
+        question: &'static str,
+        seconds: f32,
+    },
+    #[error("the sender died before the commit: nothing was moved, and the writer goes on")]
+    SenderDied,
     #[error("not finished within the timeout of {seconds} s")]
     TimedOut { seconds: f32 },
     #[error(
@@ -75,6 +89,8 @@ impl TransferError {
             Self::Region(error) => error.code(),
             Self::Tracker(error) => error.code(),
             Self::Freeze(error) => error.code(),
+            Self::ClientGone { .. } => "writer-gone",
+            Self::ClientSilent { .. } => "freeze-timeout",
             Self::TimedOut { .. } => "timeout",
             Self::NotPrepared { .. } => "stalled",
             Self::NotConverging { .. } => "not-converged",
@@ -83,7 +99,7 @@ impl TransferError {
             Self::ScanWithoutIntegrity { .. } | Self::NotServed(_) => "invalid-argument",
             Self::NoCpu { .. } => "no-such-cpu",
             Self::OutOfPlace(_) => "protocol",
-            Self::Local { .. } => "sender-failed",
+            Self::SenderDied | Self::Local { .. } => "sender-failed",
         }
     }
 

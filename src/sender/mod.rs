@@ -6,6 +6,7 @@
 //!                     registry     crew ─► a thread per stream
 //! ```
 
+mod clients;
 mod commands;
 mod crew;
 mod debt;
@@ -28,13 +29,15 @@ use tokio_util::task::TaskTracker;
 use crate::config::{SenderConfig, TransferParameters, load_sender};
 use crate::control::{CommandError, EventBus, Server};
 use crate::daemon::{self, DaemonError};
-use crate::guardian::Guardian;
+use crate::guardian::{Asked, Guardian};
 use crate::journal::{self, CommitSent, Journal};
 use crate::limits::ATTEMPTS_REMEMBERED_MAX;
 use crate::name::Name;
 use crate::notify::Notifier;
 use crate::wire::{BootId, Owner};
 
+use clients::Clients;
+use error::TransferError;
 use registry::{Claim, Registry, Source};
 use status::{Attempt, Status};
 use transfer::{Order, Outcome, Transfer};
@@ -148,9 +151,7 @@ impl Sender {
     /// Goes on asking about commits that an earlier run of the daemon sent.
     fn take_up_undecided(self: &Arc<Self>) -> std::io::Result<()> {
         for record in resolve::undecided(&self.journal, &self.boot_id)? {
-            let parameters = self.parameters.clone();
-            let (id, regions) = (record.id.clone(), record.regions.clone());
-            let attempt = Attempt::new(id, regions, 0, parameters, self.events.clone());
+            let attempt = self.of_the_past(record.id.clone(), record.regions.clone());
             attempt.begin_commit();
             self.add_attempt(&attempt);
             let sender = Arc::clone(self);
@@ -166,6 +167,21 @@ impl Sender {
             });
         }
         Ok(())
+    }
+
+    /// An attempt of an earlier run of the daemon.
+    fn of_the_past(&self, id: Name, regions: Vec<Name>) -> Arc<Attempt> {
+        let (events, clients) = (self.events.clone(), Clients::default());
+        Attempt::new(id, regions, 0, self.parameters.clone(), events, clients)
+    }
+
+    /// Has an answer for clients that stand still and come to ask what became of their attempt.
+    fn take_up_given_up(&self, given_up: Vec<Asked>) {
+        for Asked { id, regions } in given_up {
+            let attempt = self.of_the_past(id, regions);
+            attempt.fail(&TransferError::SenderDied);
+            self.add_attempt(&attempt);
+        }
     }
 
     /// Ends attempts that can still be ended, and waits for all of them.
@@ -210,8 +226,11 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
         runtime.display()
     ));
     let journal = Journal::open(runtime).map_err(failed)?;
-    let guardian = Guardian::start(runtime)
+    let mut guardian = Guardian::start(runtime)
         .map_err(DaemonError::setup("start the guardian of stopped writers"))?;
+    let given_up = guardian
+        .given_up()
+        .map_err(DaemonError::setup("read the notes about stopped writers"))?;
     let sender = Arc::new(Sender {
         guardian: Arc::new(Mutex::new(guardian)),
         parameters: config.transfer,
@@ -222,6 +241,7 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
         transfers: TaskTracker::new(),
         shutdown: shutdown.clone(),
     });
+    sender.take_up_given_up(given_up);
     sender
         .take_up_undecided()
         .map_err(DaemonError::setup("read the journal"))?;

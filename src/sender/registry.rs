@@ -8,12 +8,14 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 
 use crate::config::{FreezeConfig, TrackerConfig};
-use crate::control::{CommandError, FdTable, code};
+use crate::control::{Call, CommandError, FdTable, code};
 use crate::dirty::{BitmapTracker, Exact, Memory, PagemapTracker};
 use crate::freeze::{Freezer, Process};
 use crate::name::Name;
 use crate::pages::PageSet;
 use crate::region::Region;
+
+use super::clients::Registrant;
 
 /// A Region as it was added.
 #[derive(Debug, Clone)]
@@ -24,7 +26,19 @@ pub(super) struct Registered {
     tracker: TrackerConfig,
     pub(super) freeze: FreezeConfig,
     pub(super) freezer: Freezer,
+    /// Who is asked with freeze `client`.
+    pub(super) client: Option<Registrant>,
     hold: Hold,
+}
+
+impl Registered {
+    /// Whether stopping the writer of one is stopping that of the other.
+    fn has_writer_of(&self, other: &Self) -> bool {
+        let client = |registered: &Self| registered.client.as_ref().map(|client| client.id);
+        self.freeze != FreezeConfig::None
+            && self.freeze == other.freeze
+            && client(self) == client(other)
+    }
 }
 
 /// How writes are found. What knows by itself lives as long as the Region is registered; what has to
@@ -116,7 +130,7 @@ impl Registry {
         memory: Source<'_>,
         tracker: TrackerConfig,
         freeze: FreezeConfig,
-        descriptors: Descriptors<'_>,
+        by: Option<&Call>,
     ) -> Result<(), CommandError> {
         if self.regions.contains_key(&name) {
             return Err(CommandError::new(
@@ -130,16 +144,23 @@ impl Registry {
         };
         let region = region.map_err(|error| CommandError::new(error.code(), error.to_string()))?;
         if matches!(
-            (&tracker, freeze),
+            (&tracker, &freeze),
             (TrackerConfig::Bitmap { .. }, FreezeConfig::Pid(_))
         ) {
             // Stopped between a write and its mark, the writer would lose that write.
-            let text = "tracker bitmap needs a writer that publishes its marks before it stands still, which SIGSTOP does not wait for: use freeze none and stop it yourself, or tracker pagemap";
+            let text = "tracker bitmap needs a writer that publishes its marks before it stands still, which SIGSTOP does not wait for: use freeze client, or tracker pagemap";
             return Err(CommandError::new(code::INVALID_ARGUMENT, text));
         }
-        let tracking = Tracking::new(&tracker, &region, descriptors)?;
+        let tracking = Tracking::new(&tracker, &region, by.map(|call| &call.fds))?;
+        let client = match (&freeze, by) {
+            (FreezeConfig::Client, Some(call)) => Some(Registrant {
+                id: call.client,
+                gone: call.gone.clone(),
+            }),
+            _ => None,
+        };
         let freezer = match freeze {
-            FreezeConfig::None => Freezer::None,
+            FreezeConfig::None | FreezeConfig::Client => Freezer::None,
             FreezeConfig::Pid(pid) => {
                 let process = Process::open(pid)
                     .map_err(|error| CommandError::new(error.code(), error.to_string()))?;
@@ -152,6 +173,7 @@ impl Registry {
             tracker,
             freeze,
             freezer,
+            client,
             hold: Hold::Free,
         };
         self.regions.insert(name, registered);
@@ -201,7 +223,7 @@ impl Registry {
 
     /// Gives the Regions to an attempt; all of them or none.
     ///
-    /// A process can be frozen by one attempt only: the failure of another would let it go on.
+    /// A writer can be frozen by one attempt only: the failure of another would let it go on.
     pub(super) fn claim(
         &mut self,
         names: &[Name],
@@ -226,14 +248,20 @@ impl Registry {
                     return Err(CommandError::new("region-moved", text));
                 }
             }
-            if let FreezeConfig::Pid(pid) = registered.freeze
-                && let Some(claim) = self.claim_of_process(pid)
-            {
+            if let Some(claim) = self.claim_of_writer(registered) {
                 let text = format!(
-                    "Process {pid}, which writes region '{name}', is to be frozen by '{}'",
-                    claim.id
+                    "The writer of region '{name}' (freeze {}) is to be frozen by '{}'",
+                    registered.freeze, claim.id
                 );
                 return Err(CommandError::new("region-busy", text));
+            }
+            if let Some(client) = &registered.client
+                && client.gone.is_cancelled()
+            {
+                let text = format!(
+                    "The client that registered region '{name}' has closed its connection and cannot be asked to stop: remove the region, and let it register again"
+                );
+                return Err(CommandError::new("writer-gone", text));
             }
         }
         self.claims += 1;
@@ -249,13 +277,12 @@ impl Registry {
         Ok((claim, regions))
     }
 
-    fn claim_of_process(&self, pid: i32) -> Option<&Claim> {
-        self.regions
-            .values()
-            .find_map(|registered| match &registered.hold {
-                Hold::Claimed(claim) if registered.freeze == FreezeConfig::Pid(pid) => Some(claim),
-                _ => None,
-            })
+    fn claim_of_writer(&self, of: &Registered) -> Option<&Claim> {
+        let mut others = self.regions.values();
+        others.find_map(|registered| match &registered.hold {
+            Hold::Claimed(claim) if registered.has_writer_of(of) => Some(claim),
+            _ => None,
+        })
     }
 
     /// Takes the Regions back from an attempt that has ended: to be moved again, unless they `moved`.

@@ -8,11 +8,13 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::TransferParameters;
-use crate::control::EventBus;
+use crate::control::{ClientId, EventBus};
 use crate::limits::PAGE_BYTES;
 use crate::name::Name;
 use crate::stats::StreamStats;
 use crate::wire::Owner;
+
+use super::clients::{Clients, Said};
 
 /// Payload in one Iteration that is enough to judge a rate by.
 const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
@@ -22,6 +24,7 @@ const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
 pub(super) enum Status {
     Setup,
     Active,
+    PreSwitchover,
     Device,
     Completing,
     Completed,
@@ -36,6 +39,7 @@ impl Status {
         match self {
             Self::Setup => "setup",
             Self::Active => "active",
+            Self::PreSwitchover => "pre-switchover",
             Self::Device => "device",
             Self::Completing => "completing",
             Self::Completed => "completed",
@@ -107,6 +111,8 @@ pub(super) struct Attempt {
     /// What the operator says about who owns the Regions.
     decision: watch::Sender<Option<Owner>>,
     events: EventBus,
+    /// Writers that stop themselves.
+    pub(super) clients: Clients,
     state: Mutex<State>,
 }
 
@@ -117,6 +123,7 @@ impl Attempt {
         total_bytes: u64,
         parameters: TransferParameters,
         events: EventBus,
+        clients: Clients,
     ) -> Arc<Self> {
         let attempt = Self {
             id,
@@ -130,6 +137,7 @@ impl Attempt {
             started: Instant::now(),
             decision: watch::Sender::new(None),
             events,
+            clients,
             state: Mutex::new(State {
                 status: Status::Setup,
                 commit_sent: false,
@@ -153,10 +161,24 @@ impl Attempt {
     }
 
     fn announce(&self, status: Status) {
-        self.events.publish(
-            "MIGRATION",
-            json!({"id": self.id, "status": status.as_str()}),
-        );
+        self.clients.announce(&self.events, &self.id, status);
+    }
+
+    /// Tells writers that stopped themselves that they may go on, whatever becomes of the attempt.
+    pub(super) fn release_clients(&self) {
+        self.clients.release(&self.events, &self.id);
+    }
+
+    /// A client says that its writer stands still, or that it will stay so; `false` if that was not
+    /// asked, or is not any more.
+    pub(super) fn answered(&self, from: ClientId, said: Said) -> bool {
+        // Held over both, so that no answer to a question of the past counts.
+        let state = self.lock();
+        let asked = match said {
+            Said::StandsStill => Status::PreSwitchover,
+            Said::HandsOver => Status::Completing,
+        };
+        state.status == asked && self.clients.answered(from, said)
     }
 
     pub(super) fn status(&self) -> Status {

@@ -98,8 +98,6 @@ pub enum Pause {
     Over,
     /// The process was stopped and goes on.
     Continued,
-    /// The sender asks for something.
-    Asked,
     /// It is time to end.
     Stop,
 }
@@ -136,13 +134,11 @@ fn wait(signals: &SignalFd, time: Duration, asks: Option<BorrowedFd<'_>>) -> Pau
     fds.extend(asks.map(|asks| PollFd::new(asks, PollFlags::POLLIN)));
     // An interrupted sleep is a short one, which does no harm.
     let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(time)), None);
-    let asked = fds.get(1).and_then(PollFd::any).unwrap_or(false);
-    let mut pause = if asked { Pause::Asked } else { Pause::Over };
+    let mut pause = Pause::Over;
     while let Ok(Some(signal)) = signals.read_signal() {
         if i32::try_from(signal.ssi_signo) != Ok(Signal::SIGCONT as i32) {
             return Pause::Stop;
         }
-        // Asking stays readable until it is answered.
         pause = Pause::Continued;
     }
     pause
@@ -189,21 +185,14 @@ pub fn run(
     let mut pacer = Pacer::new(options.dirty_rate, Instant::now());
     let mut sequence = 0;
     loop {
-        let asks = writer.registered.as_ref().and_then(Registered::asks);
+        let asks = writer.registered.as_ref().and_then(Registered::descriptor);
         match pause(pacer.pause(), asks) {
             Pause::Over => {}
             Pause::Continued => pacer.continued(Instant::now()),
-            Pause::Asked => {
-                if let Some(registered) = &mut writer.registered {
-                    registered.answer();
-                }
-            }
             Pause::Stop => break,
         }
-        if writer
-            .registered
-            .as_ref()
-            .is_some_and(Registered::stands_still)
+        if let Some(registered) = &mut writer.registered
+            && !registered.may_write()
         {
             pacer.continued(Instant::now());
             continue;

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::WorkloadError;
 use super::memory::Memory;
-use crate::client::{ClientError, Connection, Event, Marks, Tracked, Tracking};
+use crate::client::{Connection, Marks, Order, Stoppable, Tracked, Tracking};
 use crate::name::Name;
 
 /// Where and as what to register.
@@ -64,12 +64,8 @@ impl Registration {
         };
         let mut control = Connection::connect(&self.socket)?;
         control.register(&self.name, memory.file.as_fd(), &tracking, freeze)?;
-        let control = matches!(tracking, Tracking::Bitmap(_)).then_some(control);
-        Ok(Registered {
-            tracking,
-            control,
-            frozen_for: None,
-        })
+        let asked = matches!(tracking, Tracking::Bitmap(_)).then(|| Stoppable::new(control));
+        Ok(Registered { tracking, asked })
     }
 }
 
@@ -78,9 +74,7 @@ impl Registration {
 pub(super) struct Registered {
     tracking: Tracking,
     /// Where the sender asks to stand still, if it asks.
-    control: Option<Connection>,
-    /// The attempt for which nothing is written.
-    frozen_for: Option<Value>,
+    asked: Option<Stoppable>,
 }
 
 impl Registered {
@@ -91,62 +85,28 @@ impl Registered {
         }
     }
 
-    /// Where to wait for what the sender asks.
-    pub(super) fn asks(&self) -> Option<BorrowedFd<'_>> {
-        self.control.as_ref().map(AsFd::as_fd)
+    /// Readable when the sender asks for something.
+    pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        self.asked.as_ref()?.descriptor()
     }
 
-    /// Whether nothing may be written now.
-    pub(super) fn stands_still(&self) -> bool {
-        self.frozen_for.is_some()
-    }
-
-    /// Does what the sender asks. Called between two writes, so every write so far is marked.
-    pub(super) fn answer(&mut self) {
-        while let Some(control) = &mut self.control {
-            let done = match control.next_event(Duration::ZERO) {
-                Ok(Some(event)) => obey(control, &mut self.frozen_for, &event),
-                Ok(None) => return,
-                Err(error) => Err(error),
-            };
-            match done {
-                Ok(()) => {}
-                // It refuses: the attempt has ended meanwhile, and says so by an event.
-                Err(ClientError::Command { .. }) => {}
-                Err(error) => {
-                    let now = if self.frozen_for.is_some() {
-                        "this writer stands still until somebody ends it"
-                    } else {
-                        "this writer goes on, and no transfer of it can be completed"
-                    };
-                    note(&format!("{error}; {now}"));
-                    self.control = None;
-                }
+    /// Does what the sender asks for; whether it may be written now. Called between two writes, so every
+    /// write so far is marked.
+    pub(super) fn may_write(&mut self) -> bool {
+        let Some(asked) = &mut self.asked else {
+            return true;
+        };
+        match asked.attend(Duration::ZERO) {
+            Ok(order) => order == Order::Write,
+            Err(error) => {
+                note(&format!(
+                    "{error}; this writer goes on, and has to be started again to be moved"
+                ));
+                self.asked = None;
+                true
             }
         }
     }
-}
-
-/// Stands still when that is asked, and goes on when the attempt has ended without a new owner.
-fn obey(
-    control: &mut Connection,
-    frozen_for: &mut Option<Value>,
-    event: &Event,
-) -> Result<(), ClientError> {
-    if event.name != "MIGRATION" {
-        return Ok(());
-    }
-    let id = &event.data["id"];
-    match event.data["status"].as_str() {
-        Some("pre-switchover") => {
-            *frozen_for = Some(id.clone());
-            let order = json!({"id": id, "state": "pre-switchover"});
-            control.execute("migrate-continue", order)?;
-        }
-        Some("failed" | "cancelled") if frozen_for.as_ref() == Some(id) => *frozen_for = None,
-        _ => {}
-    }
-    Ok(())
 }
 
 /// A line for whoever started it; that nobody reads it is no reason to end.

@@ -49,6 +49,8 @@ const HONEST_CODES: &[&str] = &[
     "not-owner",
     "writer-gone",
     "exists",
+    // Of a restarted sender that knows that it sent no commit.
+    "sender-failed",
 ];
 
 /// Two daemons with a relay between, for any number of runs.

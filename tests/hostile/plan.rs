@@ -37,7 +37,7 @@ pub(crate) enum Fault {
 pub(crate) enum When {
     /// So many bytes have passed since the transfer began.
     Bytes(u64),
-    /// So many bytes have passed since it was in this state.
+    /// So many bytes have passed since it was in this state. It may never be.
     Since(&'static str, u64),
 }
 
@@ -76,6 +76,9 @@ impl Plan {
                 Tracker::Pagemap,
                 Tracker::Pagemap,
                 Tracker::Pagemap,
+                Tracker::Bitmap,
+                Tracker::Bitmap,
+                Tracker::Bitmap,
             ],
         );
         let rate = match tracker {
@@ -99,7 +102,7 @@ impl Plan {
                 Fault::Refuse,
             ],
         );
-        let when = match random.below(4) {
+        let when = match random.below(5) {
             0 => When::Bytes(random.below(4096)),
             1 => When::Bytes(random.below(2 * size)),
             // A last pass of any length, or of nothing; then the commit, a few hundred bytes.
@@ -107,6 +110,7 @@ impl Plan {
                 let most = 1 << random.below(20);
                 When::Since("device", random.below(most))
             }
+            3 => When::Since("pre-switchover", random.below(200)),
             _ => When::Since("completing", random.below(1500)),
         };
         Self {

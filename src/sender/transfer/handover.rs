@@ -10,6 +10,7 @@ use crate::limits::PAGE_BYTES;
 use crate::stream::Pass;
 use crate::wire::{FromReceiver, FromSender};
 
+use super::super::clients::Said;
 use super::super::error::TransferError;
 use super::super::status::Status;
 use super::{Outcome, Transfer, Writer, under_way, unexpected};
@@ -17,7 +18,6 @@ use super::{Outcome, Transfer, Writer, under_way, unexpected};
 impl Transfer {
     /// Stops the writers, and waits until they are seen to stand still.
     pub(super) async fn freeze(&mut self) -> Result<(), TransferError> {
-        self.attempt.enter(Status::Device);
         let freezers: Vec<Freezer> = self
             .order
             .regions
@@ -90,8 +90,15 @@ impl Transfer {
         talk.say(&FromSender::Prepare { streams }).await?;
         // Heartbeats are no progress, and the writer stands still meanwhile.
         let patience = self.parameters.stall_timeout;
-        // While the receiver makes itself ready, every tracker is asked once more.
-        let (answer, written) = tokio::join!(timeout(patience, talk.hear()), self.debt.harvest());
+        // While the receiver makes itself ready, every tracker is asked once more; and writers that stopped
+        // themselves promise to stay so, which from the commit on only the receiver's word may change.
+        let (answer, written, promised) = tokio::join!(
+            timeout(patience, talk.hear()),
+            self.debt.harvest(),
+            self.standstill
+                .all_say(Said::HandsOver, self.parameters.freeze_timeout),
+        );
+        promised?;
         match written? {
             0 => {}
             pages => return Err(TransferError::NotFrozen { pages }),

@@ -113,7 +113,7 @@ impl Transfer {
         };
         let sources: Arc<[Source]> = order.regions.iter().map(source).collect::<Result<_, _>>()?;
         let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
-        let standstill = Standstill::new(nonce, Arc::clone(&order.guardian));
+        let standstill = Standstill::new(nonce, Arc::clone(&attempt), Arc::clone(&order.guardian));
         let cpus = affinity(&parameters.cpus)?;
         let wake = Wake::new().map_err(TransferError::local("make an eventfd"))?;
         Ok(Self {
