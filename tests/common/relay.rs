@@ -106,6 +106,7 @@ struct State {
     verdict: Option<Act>,
     silence: Silence,
     mark_delay: Duration,
+    payloads_to_flip: u64,
     links: Vec<Arc<Link>>,
     over: bool,
 }
@@ -159,6 +160,7 @@ impl Relay {
                 verdict: None,
                 silence: Silence::Nothing,
                 mark_delay: Duration::ZERO,
+                payloads_to_flip: 0,
                 links: Vec::new(),
                 over: false,
             }),
@@ -223,6 +225,11 @@ impl Relay {
     /// Every mark takes this long, so that an Iteration never is too short for its writer to write.
     pub(crate) fn delay_marks(&self, delay: Duration) {
         self.shared.lock().mark_delay = delay;
+    }
+
+    /// In the payload of each of the next `count` packets that have one a bit arrives wrong.
+    pub(crate) fn flip_payloads(&self, count: u64) {
+        self.shared.lock().payloads_to_flip = count;
     }
 
     /// Resets connections in both directions. What is held or queued on them is lost.
@@ -303,6 +310,10 @@ impl Shared {
         let mut act = Act::Pass;
         if matches!(frame.kind, Kind::Mark { .. }) && !state.mark_delay.is_zero() {
             act = Act::Late(state.mark_delay);
+        }
+        if frame.payload > 0 && state.payloads_to_flip > 0 {
+            state.payloads_to_flip -= 1;
+            act = Act::Flip(frame.bytes - frame.payload / 2);
         }
         if state.held.is_none() && state.wanted.as_mut().is_some_and(|wanted| wanted(frame)) {
             state.wanted = None;

@@ -2,8 +2,10 @@
 //! interface or a mount is seen by anybody else, and all of it goes with the processes.
 
 use std::env;
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -75,6 +77,42 @@ fn become_of(wrapper: &str, arguments: &[&str], program: &Command) -> Command {
         .stdin(Stdio::null());
     die_with_parent(&mut command);
     command
+}
+
+/// A time of day of its own, for one process.
+pub(crate) struct Clock {
+    library: PathBuf,
+    offset: PathBuf,
+}
+
+impl Clock {
+    /// `name`: where in `directory` its files are.
+    pub(crate) fn new(directory: &Path, name: &str) -> Self {
+        let clock = Self {
+            library: directory.join(format!("{name}.so")),
+            offset: directory.join(name),
+        };
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults/clock.c");
+        let library = clock.library.to_str().unwrap();
+        run("cc", &["-shared", "-fPIC", "-O1", "-o", library, source]);
+        clock.jump(0);
+        clock
+    }
+
+    /// From now on it is so many seconds later than it is.
+    pub(crate) fn jump(&self, seconds: i64) {
+        // One write of one word into a file that stays the same: a reader sees the old time or the new one.
+        let mut options = File::options();
+        options.create(true).write(true).truncate(false);
+        let file = options.open(&self.offset).unwrap();
+        file.write_all_at(&seconds.to_ne_bytes(), 0).unwrap();
+    }
+
+    /// Has `command` live by it.
+    pub(crate) fn give(&self, command: &mut Command) {
+        command.env("LD_PRELOAD", &self.library);
+        command.env("MEMFERRY_CLOCK", &self.offset);
+    }
 }
 
 /// A small tmpfs over a directory.

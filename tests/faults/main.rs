@@ -21,30 +21,65 @@ mod matrix;
 mod observe;
 mod report;
 mod scene;
+mod soak;
 
 use std::env;
+use std::fmt;
 use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use matrix::{Cell, LIVE_ITERATIONS, Phase, REGION_BYTES};
+use matrix::{BLOCK_PAGES, Cell, FLIPS, Fault, LIVE_ITERATIONS, Phase, REGION_BYTES, Tracking};
 use report::{Report, Verdict};
 use scene::{Scene, Setup};
 
 /// Scenes at a time. Most of their time is waiting.
 const JOBS: usize = 6;
 
-/// How often a scene may miss its moment: a writer that wrote nothing between two passes leaves no packet.
+/// How often a cell may miss its moment: a writer that wrote nothing between two passes leaves no packet.
 const TRIES: usize = 3;
+
+/// One thing to play.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Case {
+    Cell(Cell),
+    /// A run of the soak, by its seed.
+    Random(u64),
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cell(cell) => cell.fmt(f),
+            Self::Random(seed) => write!(f, "random/{seed}"),
+        }
+    }
+}
+
+impl FromStr for Case {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name.strip_prefix("random/") {
+            Some(seed) => seed
+                .parse()
+                .map(Self::Random)
+                .map_err(|_| format!("{seed:?} is no seed")),
+            None => name.parse().map(Self::Cell),
+        }
+    }
+}
 
 struct Arguments {
     all: bool,
-    cells: Vec<Cell>,
+    cases: Vec<Case>,
+    soak: Option<Duration>,
+    seed: u64,
     jobs: usize,
     filter: Option<String>,
 }
@@ -54,17 +89,28 @@ impl Arguments {
     fn read() -> Result<Self, String> {
         let mut read = Self {
             all: false,
-            cells: Vec::new(),
+            cases: Vec::new(),
+            soak: None,
+            seed: 1,
             jobs: JOBS,
             filter: None,
         };
         let mut arguments = env::args().skip(1);
         while let Some(argument) = arguments.next() {
-            let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
+            let mut value = || {
+                arguments
+                    .next()
+                    .ok_or_else(|| format!("{argument} needs a value"))
+            };
+            let number = |text: String| text.parse().map_err(|_| format!("{text:?} is no number"));
             match argument.as_str() {
                 "--all" => read.all = true,
-                "--cell" => read.cells.push(value()?.parse()?),
-                "--jobs" => read.jobs = value()?.parse().map_err(|_| "--jobs N".to_owned())?,
+                "--cell" => read.cases.push(value()?.parse()?),
+                "--soak" => read.soak = Some(soak::duration(&value()?)?),
+                "--seed" => read.seed = number(value()?)?,
+                "--jobs" => {
+                    read.jobs = value()?.parse().map_err(|_| "--jobs N".to_owned())?;
+                }
                 "--skip" | "--test-threads" | "--format" | "--color" => drop(value()?),
                 flag if flag.starts_with('-') => {}
                 filter => read.filter = Some(filter.to_owned()),
@@ -73,16 +119,22 @@ impl Arguments {
         Ok(read)
     }
 
-    fn chosen(&self) -> Vec<Cell> {
-        let mut cells = match (self.all, self.cells.is_empty()) {
-            (_, false) => self.cells.clone(),
-            (true, true) => matrix::cells().collect(),
-            (false, true) => matrix::short(),
+    /// What is to be played, one after the other.
+    fn cases(&self) -> Box<dyn Iterator<Item = Case> + Send> {
+        if let Some(time) = self.soak {
+            let end = Instant::now() + time;
+            let seeds = (self.seed..).take_while(move |_| Instant::now() < end);
+            return Box::new(seeds.map(Case::Random));
+        }
+        let mut cases = match (self.all, self.cases.is_empty()) {
+            (_, false) => self.cases.clone(),
+            (true, true) => matrix::cells().map(Case::Cell).collect(),
+            (false, true) => matrix::short().into_iter().map(Case::Cell).collect(),
         };
         if let Some(filter) = &self.filter {
-            cells.retain(|cell| cell.to_string().contains(filter));
+            cases.retain(|case| case.to_string().contains(filter));
         }
-        cells
+        Box::new(cases.into_iter())
     }
 }
 
@@ -95,15 +147,17 @@ fn main() -> ExitCode {
         }
     };
     lab::enter();
-    let cells = arguments.chosen();
+    let cases = Mutex::new(arguments.cases());
     let report = Mutex::new(Report::new());
-    let next = AtomicUsize::new(0);
     thread::scope(|scope| {
-        for _ in 0..arguments.jobs.min(cells.len()) {
+        for _ in 0..arguments.jobs {
             scope.spawn(|| {
-                while let Some(cell) = cells.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let verdict = judge(*cell);
-                    report.lock().unwrap().add(*cell, verdict);
+                loop {
+                    let Some(case) = cases.lock().unwrap().next() else {
+                        return;
+                    };
+                    let verdict = judge(case);
+                    report.lock().unwrap().add(case, verdict);
                 }
             });
         }
@@ -117,13 +171,20 @@ fn main() -> ExitCode {
     }
 }
 
-/// Plays a cell until its moment comes, and compares what came of it.
-fn judge(cell: Cell) -> Verdict {
-    if cell.needs_lab() && !lab::is_inside() {
+/// Plays a case until its moment comes, and compares what came of it.
+fn judge(case: Case) -> Verdict {
+    if let Case::Cell(cell) = case
+        && cell.fault.needs_lab()
+        && !lab::is_inside()
+    {
         return Verdict::Skipped;
     }
     for _ in 0..TRIES {
-        match panic::catch_unwind(AssertUnwindSafe(|| play(cell))) {
+        let played = panic::catch_unwind(AssertUnwindSafe(|| match case {
+            Case::Cell(cell) => play(cell),
+            Case::Random(seed) => Some(Verdict::Ran(soak::play(seed))),
+        }));
+        match played {
             Ok(Some(verdict)) => return verdict,
             Ok(None) => {}
             Err(panic) => {
@@ -144,7 +205,7 @@ fn play(cell: Cell) -> Option<Verdict> {
         "downtime-limit": "1us",
         "max-iterations": LIVE_ITERATIONS,
     });
-    if cell.fault == matrix::Fault::Memlock {
+    if cell.fault == Fault::Memlock {
         parameters["zero-copy"] = json!("msg-zerocopy");
     }
     let mut scene = Scene::new(Setup {
@@ -160,7 +221,7 @@ fn play(cell: Cell) -> Option<Verdict> {
         frame.as_ref()?;
     }
     assert_eq!(status.as_deref(), Some(cell.phase.status()), "{frame:?}");
-    if cell.tracking != matrix::Tracking::None {
+    if cell.tracking != Tracking::None {
         assert_eq!(scene.writer_stands_still(), cell.phase.is_frozen());
     }
     scene.strike(cell.fault, frame.as_ref());
@@ -170,13 +231,20 @@ fn play(cell: Cell) -> Option<Verdict> {
         allowed.contains(&outcome),
         "it ended {outcome:?}, and may end {allowed:?}"
     );
-    if cell.fault == matrix::Fault::FlipPayload {
-        assert!(scene.measured.torn > 0, "a flipped bit was not counted");
+    let (code, codes) = (&scene.measured.code, cell.codes());
+    if let Some(code) = code.as_deref().filter(|_| !codes.is_empty()) {
+        assert!(
+            codes.contains(&code),
+            "it failed with {code}, not {codes:?}"
+        );
+    }
+    let torn = scene.measured.torn;
+    match (cell.fault, cell.tracking) {
+        (Fault::FlipMany, Tracking::None) => assert_eq!(torn, FLIPS * BLOCK_PAGES),
+        // Pages that were written on their way are torn, too.
+        (Fault::FlipMany, _) => assert!(torn >= FLIPS * BLOCK_PAGES, "{torn} pages torn"),
+        (Fault::FlipPayload, _) => assert!(torn > 0, "a flipped bit was not counted"),
+        _ => {}
     }
     Some(Verdict::As(outcome, scene.measured.clone()))
-}
-
-/// The longest of two times.
-fn longest(a: Option<Duration>, b: Option<Duration>) -> Option<Duration> {
-    a.max(b)
 }

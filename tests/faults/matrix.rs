@@ -31,6 +31,10 @@ pub(crate) enum Fault {
     FlipFrame,
     /// A bit of a page arrives wrong.
     FlipPayload,
+    /// The same in each of the next [`FLIPS`] packets.
+    FlipMany,
+    /// In every packet from now on.
+    FlipAlways,
     /// Nothing gets through for less than the stall timeout.
     PauseShort,
     PauseLong,
@@ -47,6 +51,18 @@ pub(crate) enum Fault {
     ShrinkSource,
     /// The client that ordered the transfer is killed.
     KillClient,
+    /// The time of day jumps, forwards at the sender and backwards at the receiver.
+    ClockJump,
+}
+
+impl Fault {
+    /// Whether making it takes namespaces and capabilities.
+    pub(crate) fn needs_lab(self) -> bool {
+        matches!(
+            self,
+            Self::PartitionShort | Self::PartitionLong | Self::Full | Self::Memlock
+        )
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +91,8 @@ pub(crate) const FAULTS: &[(Fault, &str)] = &[
     (Fault::Duplicate, "duplicate"),
     (Fault::FlipFrame, "flip-frame"),
     (Fault::FlipPayload, "flip-payload"),
+    (Fault::FlipMany, "flip-many"),
+    (Fault::FlipAlways, "flip-always"),
     (Fault::PauseShort, "pause-short"),
     (Fault::PauseLong, "pause-long"),
     (Fault::PartitionShort, "partition-short"),
@@ -84,6 +102,7 @@ pub(crate) const FAULTS: &[(Fault, &str)] = &[
     (Fault::Full, "full"),
     (Fault::ShrinkSource, "shrink-source"),
     (Fault::KillClient, "kill-client"),
+    (Fault::ClockJump, "clock-jump"),
 ];
 
 /// When it is done: while this frame is on its way.
@@ -120,6 +139,12 @@ pub(crate) const PHASES: &[(Phase, &str)] = &[
     (Phase::Committed, "committed"),
     (Phase::After, "after"),
 ];
+
+/// Bits flipped by [`Fault::FlipMany`], each in another block: all packets of the first Iteration but few.
+pub(crate) const FLIPS: u64 = 60;
+
+/// Pages under one checksum: so many are torn by a flipped bit.
+pub(crate) const BLOCK_PAGES: u64 = 16;
 
 /// Iterations of a live Region before its freeze.
 pub(crate) const LIVE_ITERATIONS: u32 = 2;
@@ -241,7 +266,11 @@ pub(crate) fn short() -> Vec<Cell> {
     for (row, &(fault, _)) in FAULTS.iter().enumerate() {
         let slow = matches!(
             fault,
-            Fault::Hang(_) | Fault::PauseLong | Fault::PartitionLong | Fault::Deaf
+            Fault::Hang(_)
+                | Fault::PauseLong
+                | Fault::PartitionLong
+                | Fault::Deaf
+                | Fault::FlipAlways
         );
         let early = [Phase::First, Phase::Middle, Phase::Frozen, Phase::Handshake][row % 4];
         let late = [
@@ -252,14 +281,13 @@ pub(crate) fn short() -> Vec<Cell> {
         ][row % 4];
         let phases: &[Phase] = if slow { &[early] } else { &[early, late] };
         for &phase in phases {
-            // The next combination that exists in this place.
-            let place: Vec<Cell> = cells()
-                .filter(|cell| cell.fault == fault && cell.phase == phase)
-                .collect();
-            if !place.is_empty() {
-                chosen.push(place[turn % place.len()]);
-                turn += 1;
+            let mut place: Vec<Cell> = cells().filter(|cell| cell.fault == fault).collect();
+            if place.iter().any(|cell| cell.phase == phase) {
+                place.retain(|cell| cell.phase == phase);
             }
+            // The next combination that exists there.
+            chosen.push(place[turn % place.len()]);
+            turn += 1;
         }
     }
     chosen
@@ -284,17 +312,26 @@ impl Cell {
             Fault::FlipPayload => {
                 matches!(self.phase, Phase::First | Phase::Middle | Phase::Frozen)
             }
+            // Early enough that so many follow.
+            Fault::FlipMany => self.phase == Phase::Handshake,
+            Fault::FlipAlways => {
+                matches!(self.phase, Phase::Handshake | Phase::First | Phase::Frozen)
+            }
             _ => true,
         };
         at_phase && means
     }
 
-    /// The part of the lab that this cell needs, beyond what every user has.
-    pub(crate) fn needs_lab(&self) -> bool {
-        matches!(
-            self.fault,
-            Fault::PartitionShort | Fault::PartitionLong | Fault::Full | Fault::Memlock
-        )
+    /// The codes with which it may fail.
+    pub(crate) fn codes(&self) -> &'static [&'static str] {
+        match self.fault {
+            Fault::Kill(Process::Writer) => &["writer-gone"],
+            Fault::ContinueWriter => &["not-frozen"],
+            Fault::FlipAlways => &["corrupt"],
+            Fault::Full => &["no-space"],
+            Fault::ShrinkSource => &["region-resized"],
+            _ => &[],
+        }
     }
 
     /// What may come of it. A lost connection before the commit may be repaired, or end the transfer.
@@ -306,11 +343,13 @@ impl Cell {
             Fault::Stop(_)
             | Fault::Delay
             | Fault::FlipPayload
+            | Fault::FlipMany
             | Fault::PauseShort
             | Fault::PartitionShort
             | Fault::Memlock
-            | Fault::KillClient => &[Identical],
-            Fault::ContinueWriter => &[Failed],
+            | Fault::KillClient
+            | Fault::ClockJump => &[Identical],
+            Fault::ContinueWriter | Fault::FlipAlways => &[Failed],
             Fault::Kill(Process::Writer) => match self.phase {
                 Phase::Commit | Phase::Committed => &[Identical],
                 _ => &[Failed, Identical],
@@ -329,7 +368,8 @@ impl Cell {
                 _ => self.lost(&[Identical, ResolvedSource, ResolvedDestination]),
             },
             Fault::Hang(Process::Sender) => match self.phase {
-                Phase::Prepared => &[Failed, Identical, ResolvedSource],
+                // It goes on to find `prepared` there, and the receiver has given up.
+                Phase::Prepare | Phase::Prepared => &[Failed, Identical, ResolvedSource],
                 _ => self.lost(&[Identical, ResolvedDestination]),
             },
             Fault::ResetStream | Fault::ResetStreams => match self.phase {
@@ -376,7 +416,7 @@ impl Cell {
     }
 }
 
-fn name_of<T: PartialEq + Copy>(table: &[(T, &'static str)], wanted: T) -> &'static str {
+pub(crate) fn name_of<T: PartialEq + Copy>(table: &[(T, &'static str)], wanted: T) -> &'static str {
     table
         .iter()
         .find(|(value, _)| *value == wanted)

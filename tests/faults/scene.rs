@@ -6,18 +6,19 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use memferry::workload::first_torn_page;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::statvfs::statvfs;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::common::memory::{MIB, dense, noise};
+use super::common::memory::{MIB, PAGE, dense, noise};
 use super::common::relay::{Act, Frame, Relay, Silence, Which};
 use super::common::{DEADLINE, Daemon, Stage, Writer, listing, memferry};
-use super::lab::{Elsewhere, Tmpfs, withdraw_memlock, without_ipc_lock};
-use super::matrix::{Fault, Outcome, PACKET_BYTES, Process, Tracking};
+use super::lab::{Clock, Elsewhere, Tmpfs, withdraw_memlock, without_ipc_lock};
+use super::matrix::{FLIPS, Fault, Outcome, PACKET_BYTES, Process, Tracking};
 use super::observe::{Footprint, cpu};
 
 /// The transfers' stall timeout: what a hang may take to be noticed.
@@ -43,6 +44,9 @@ const STALL_CPU_MAX: f64 = 0.01;
 /// something hangs takes more.
 const CPU_MAX: Duration = Duration::from_secs(2);
 
+/// How far the time of day jumps, in seconds: a year.
+const JUMP: i64 = 365 * 24 * 3600;
+
 /// Names of the transfer, its Region, and of the transfer that must succeed after a failure.
 const ID: &str = "r";
 const AGAIN: &str = "again";
@@ -66,6 +70,8 @@ pub(crate) struct Measured {
     pub(crate) thawed: Option<Duration>,
     pub(crate) stall_cpu: Option<f64>,
     pub(crate) torn: u64,
+    /// Why it failed, if it did.
+    pub(crate) code: Option<String>,
 }
 
 /// A transfer under way. Fields are dropped in this order.
@@ -75,8 +81,7 @@ pub(crate) struct Scene {
     sender: Daemon,
     receiver: Daemon,
     writer: Option<Writer>,
-    elsewhere: Option<Elsewhere>,
-    _tmpfs: Option<Tmpfs>,
+    places: Places,
     setup: Setup,
     source: PathBuf,
     before: [Footprint; 2],
@@ -86,20 +91,58 @@ pub(crate) struct Scene {
     writer_killed: bool,
     shrunk: bool,
     indeterminate: bool,
+    /// The sender was seen to live at another time.
+    clock_jumped: bool,
     pub(crate) measured: Measured,
     stage: Stage,
 }
 
-fn start_sender(stage: &Stage, elsewhere: Option<&Elsewhere>, faults: &[Fault]) -> Daemon {
-    let config = stage.common_config("sender");
-    let mut command = memferry();
-    if let Some(elsewhere) = elsewhere {
-        command = elsewhere.command(&command);
+/// Where the daemons run, as far as it is not where everything runs.
+struct Places {
+    elsewhere: Option<Elsewhere>,
+    tmpfs: Option<Tmpfs>,
+    clocks: Option<[Clock; 2]>,
+}
+
+impl Places {
+    fn for_faults(faults: &[Fault], stage: &Stage, bytes: u64) -> Self {
+        let any = |of: &[Fault]| of.iter().any(|fault| faults.contains(fault));
+        Self {
+            elsewhere: any(&[Fault::PartitionShort, Fault::PartitionLong]).then(Elsewhere::new),
+            tmpfs: any(&[Fault::Full]).then(|| Tmpfs::mount(&stage.arrived(), bytes + 4 * MIB)),
+            clocks: any(&[Fault::ClockJump]).then(|| {
+                ["sender.clock", "receiver.clock"].map(|name| Clock::new(&stage.path(""), name))
+            }),
+        }
     }
-    if faults.contains(&Fault::Memlock) {
-        command = without_ipc_lock(&command);
+
+    fn sender(&self, stage: &Stage, faults: &[Fault]) -> Daemon {
+        let config = stage.common_config("sender");
+        let mut command = memferry();
+        if let Some(elsewhere) = &self.elsewhere {
+            command = elsewhere.command(&command);
+        }
+        if faults.contains(&Fault::Memlock) {
+            command = without_ipc_lock(&command);
+        }
+        if let Some([clock, _]) = &self.clocks {
+            clock.give(&mut command);
+        }
+        Daemon::start_by(command, stage, "sender", "sender", &config, None)
     }
-    Daemon::start_by(command, stage, "sender", "sender", &config, None)
+
+    fn receiver(&self, stage: &Stage) -> Daemon {
+        let config = format!(
+            "{}[receive]\nlisten = [\"tcp:127.0.0.1:0\"]\ndirectory = {:?}\n",
+            stage.common_config("receiver"),
+            stage.arrived()
+        );
+        let mut command = memferry();
+        if let Some([_, clock]) = &self.clocks {
+            clock.give(&mut command);
+        }
+        Daemon::start_by(command, stage, "receiver", "receiver", &config, None)
+    }
 }
 
 fn is_final(status: &str) -> bool {
@@ -110,16 +153,13 @@ impl Scene {
     pub(crate) fn new(setup: Setup) -> Self {
         let stage = Stage::new();
         let faults = &setup.faults;
-        let tmpfs = faults
-            .contains(&Fault::Full)
-            .then(|| Tmpfs::mount(&stage.arrived(), setup.bytes + 4 * MIB));
-        let elsewhere = (faults.contains(&Fault::PartitionShort)
-            || faults.contains(&Fault::PartitionLong))
-        .then(Elsewhere::new);
-        let mut receiver = stage.receiver();
-        let mut sender = start_sender(&stage, elsewhere.as_ref(), faults);
+        let places = Places::for_faults(faults, &stage, setup.bytes);
+        let mut receiver = places.receiver(&stage);
+        let mut sender = places.sender(&stage, faults);
         let source = stage.path("source");
-        let (size, rate, working_set) = (setup.bytes, "8MiB/s", MIB.min(setup.bytes));
+        let (size, rate) = (setup.bytes, "8MiB/s");
+        // Its writer must not touch what may be cut off.
+        let working_set = MIB.min(size / 2 / PAGE * PAGE);
         let writer = match setup.tracking {
             Tracking::None => {
                 dense(&source, size, 1);
@@ -145,14 +185,14 @@ impl Scene {
             sender,
             receiver,
             writer,
-            elsewhere,
-            _tmpfs: tmpfs,
+            places,
             setup,
             source,
             restarted: [false; 2],
             writer_killed: false,
             shrunk: false,
             indeterminate: false,
+            clock_jumped: false,
             measured: Measured::default(),
             stage,
         }
@@ -160,6 +200,7 @@ impl Scene {
 
     fn uri(&self) -> String {
         let host = self
+            .places
             .elsewhere
             .as_ref()
             .map_or(Ipv4Addr::LOCALHOST, Elsewhere::our_address);
@@ -185,7 +226,9 @@ impl Scene {
         client.args(["migrate", &self.uri(), "--id", ID, "--region", ID]);
         client.args(["--progress", "none"]);
         for (key, value) in order.as_object().unwrap() {
-            let value = value.as_str().map_or(value.to_string(), str::to_owned);
+            let value = value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned);
             client.arg("--set").arg(format!("{key}={value}"));
         }
         let client = client.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
@@ -201,10 +244,18 @@ impl Scene {
                 return Some(frame);
             }
             assert!(Instant::now() < deadline, "nothing moves");
-            if self.status().is_some_and(|status| is_final(&status)) {
-                return None;
+            match self.status() {
+                Some(status) if is_final(&status) => return None,
+                // A sender that was started again knows only what is undecided.
+                None if self.restarted[0] => return None,
+                _ => {}
             }
         }
+    }
+
+    /// Holds the next frame that `wanted` accepts.
+    pub(crate) fn hold_next(&self, wanted: impl FnMut(&Frame) -> bool + Send + 'static) {
+        self.relay.hold_next(wanted);
     }
 
     /// Where the transfer is; `None` while nobody has ordered it.
@@ -236,7 +287,7 @@ impl Scene {
                 self.noticed();
                 self.measured.dead_noticed = Some(within(struck, DEAD_NOTICED));
                 self.restarted[1] = true;
-                self.receiver = self.stage.receiver();
+                self.receiver = self.places.receiver(&self.stage);
                 self.relay.retarget(&self.receiver.uri());
             }
             Fault::Kill(Process::Writer) => {
@@ -281,6 +332,8 @@ impl Scene {
                 let frame = frame.filter(|frame| frame.payload > 0);
                 act = Act::Flip(head + frame.expect("it has payload").payload / 2);
             }
+            Fault::FlipMany => self.relay.flip_payloads(FLIPS),
+            Fault::FlipAlways => self.relay.flip_payloads(u64::MAX),
             Fault::PauseShort => self.pause(Silence::Everything, SHORT),
             Fault::PauseLong => self.pause_until_noticed(struck, Silence::Everything),
             Fault::Deaf => self.pause_until_noticed(struck, Silence::TowardsReceiver),
@@ -306,6 +359,25 @@ impl Scene {
                 file.set_len(self.setup.bytes / 2).unwrap();
                 self.shrunk = true;
             }
+            Fault::ClockJump => {
+                let clocks = self
+                    .places
+                    .clocks
+                    .as_ref()
+                    .expect("they have clocks of their own");
+                for (clock, seconds) in clocks.iter().zip([JUMP, -JUMP]) {
+                    clock.jump(seconds);
+                }
+                if frame.is_some() {
+                    // What it announces next says when it believes that to be.
+                    self.relay.release(act);
+                    let deadline = Instant::now() + DEADLINE;
+                    while !self.clock_jumped {
+                        assert!(Instant::now() < deadline, "its clock did not jump");
+                        self.hear(DEADLINE);
+                    }
+                }
+            }
             Fault::KillClient => {
                 let mut client = self.client.take().expect("a client ordered it");
                 // After the end it has ended by itself.
@@ -317,7 +389,8 @@ impl Scene {
     }
 
     fn elsewhere(&self) -> &Elsewhere {
-        self.elsewhere.as_ref().expect("the sender is elsewhere")
+        let elsewhere = self.places.elsewhere.as_ref();
+        elsewhere.expect("the sender is elsewhere")
     }
 
     fn signal(&self, process: Process, signal: Signal) {
@@ -395,10 +468,17 @@ impl Scene {
                 return seen;
             }
             assert!(Instant::now() < deadline, "{seen:#}");
-            let event = self.sender.control().next_event(Duration::from_secs(5));
-            if let Some(event) = event.unwrap() {
-                self.indeterminate |= event.data["status"] == "indeterminate";
-            }
+            self.hear(Duration::from_secs(5));
+        }
+    }
+
+    /// Takes in the sender's next event.
+    fn hear(&mut self, timeout: Duration) {
+        let event = self.sender.control().next_event(timeout).unwrap();
+        if let Some(event) = event {
+            self.indeterminate |= event.data["status"] == "indeterminate";
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            self.clock_jumped |= event.at > now + GRACE;
         }
     }
 
@@ -442,8 +522,7 @@ impl Scene {
             self.writer.is_some() && (undecided || moved)
         );
         self.restarted[0] = true;
-        let faults = &self.setup.faults;
-        self.sender = start_sender(&self.stage, self.elsewhere.as_ref(), faults);
+        self.sender = self.places.sender(&self.stage, &self.setup.faults);
     }
 
     fn is_visible(&self) -> bool {
@@ -456,6 +535,7 @@ impl Scene {
 
     /// The end of the transfer, and everything that must hold then, whatever it is.
     pub(crate) fn conclude(&mut self) -> Outcome {
+        self.relay.hold_none();
         let known = self.status().is_some();
         let outcome = if !known {
             // A sender that was started again and has nothing to decide.
@@ -471,7 +551,8 @@ impl Scene {
                 ("completed", false) => Outcome::Identical,
                 ("completed", true) => Outcome::ResolvedDestination,
                 ("failed", false) => {
-                    assert!(seen["error"]["x-code"].is_string(), "{seen:#}");
+                    let code = seen["error"]["x-code"].as_str().expect("it says why");
+                    self.measured.code = Some(code.to_owned());
                     Outcome::Failed
                 }
                 ("failed", true) => {
@@ -526,6 +607,7 @@ impl Scene {
             let writer = self.writer.as_ref().filter(|_| !self.writer_killed);
             add(&mut self.sender, &self.source, writer);
         }
+        self.relay.flip_payloads(0);
         self.setup.bytes = fs::metadata(&self.source).unwrap().len();
         let order = json!({"uri": self.uri(), "id": AGAIN, "regions": [ID]});
         self.sender.call("migrate", order);
@@ -533,17 +615,21 @@ impl Scene {
         self.check_arrived();
     }
 
-    /// Waits until nothing of the attempt is left at the destination, hidden files neither.
+    /// Waits until nothing of the attempt is left at the destination, hidden files and their memory neither.
     fn wait_empty(&self) {
-        let filler = self.stage.arrived().join("filler");
-        let _ = fs::remove_file(filler);
+        let directory = self.stage.arrived();
+        let _ = fs::remove_file(directory.join("filler"));
         let deadline = Instant::now() + DEADLINE;
         loop {
-            let left = listing(&self.stage.arrived());
-            if left.is_empty() {
+            let left = listing(&directory);
+            let room = statvfs(&directory).unwrap();
+            // Of a file system of our own all must be free again. A child that somebody here is just starting has
+            // copies of our descriptors for a moment, and holds what was removed.
+            let is_free = self.places.tmpfs.is_none() || room.blocks_free() == room.blocks();
+            if left.is_empty() && is_free {
                 return;
             }
-            assert!(Instant::now() < deadline, "left behind: {left:?}");
+            assert!(Instant::now() < deadline, "left behind: {left:?}, {room:?}");
             thread::yield_now();
         }
     }
