@@ -45,6 +45,7 @@ const ALSO_PURE: &[&str] = &[
     "channel/ledger.rs",
     "stream/window.rs",
     "control/parse.rs",
+    "config/cpus.rs",
     "config/units.rs",
     "workload/pacer.rs",
 ];

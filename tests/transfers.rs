@@ -11,9 +11,10 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Instant;
 
 use common::memory::{MIB, PAGE, assert_same, blocks, dense, noise, punch, sparse};
-use common::{Pair, Stage, Writer, listing};
+use common::{DEADLINE, Pair, Stage, Writer, listing};
 use serde_json::{Value, json};
 
 fn number(value: &Value) -> u64 {
@@ -363,4 +364,53 @@ fn a_region_is_complete_after_a_second_attempt_whatever_the_first_had_sent() {
     assert_sane(&done, 4 * MIB);
     assert!(writer.is_stopped());
     assert_same(&writer.path, &pair.destination("r"));
+}
+
+#[test]
+fn streams_run_on_the_cpus_they_are_given() {
+    let mut pair = Pair::new();
+    let source = pair.stage.path("pinned");
+    dense(&source, 8 * MIB, 1);
+    pair.add("pinned", &source);
+    // So slow that it is under way for as long as anyone looks.
+    let slow = json!({"cpus": "0", "streams": 2, "max-bandwidth": "64KiB/s"});
+    pair.begin("pinned", slow);
+    pair.sender.wait("pinned", "active");
+    // A thread has its name before it has its CPUs.
+    let started = Instant::now();
+    while cpus_of_streams(pair.sender.pid()) != ["0", "0"] {
+        assert!(
+            started.elapsed() < DEADLINE,
+            "{:?}",
+            cpus_of_streams(pair.sender.pid())
+        );
+        std::thread::yield_now();
+    }
+    pair.sender.call("migrate_cancel", json!({"id": "pinned"}));
+    pair.sender.wait("pinned", "cancelled");
+
+    pair.begin("pinned", json!({"cpus": "1023"}));
+    let failed = pair.sender.wait_failed("pinned", "no-such-cpu");
+    assert!(
+        failed["error"]["desc"]
+            .as_str()
+            .unwrap()
+            .contains("may use [0"),
+        "{failed:#}"
+    );
+}
+
+/// `Cpus_allowed_list` of every thread that is a stream, as in proc_pid_status(5).
+fn cpus_of_streams(pid: i32) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let statuses =
+        tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap());
+    let streams = statuses.filter(|status| status.starts_with("Name:\tmf-send-"));
+    let cpus = |status: String| {
+        let lines = status.lines();
+        lines
+            .filter_map(|line| line.strip_prefix("Cpus_allowed_list:\t"))
+            .collect()
+    };
+    streams.map(cpus).collect()
 }

@@ -51,6 +51,24 @@ impl Loans {
         self.lent_since_reap += 1;
     }
 
+    /// The number [`Loans::lend`] gives to the next call.
+    pub(super) fn next_id(&self) -> u32 {
+        self.ledger.next_id()
+    }
+
+    /// Call `id` is back; `copied` unless it went without a copy. A call that `failed` is not counted.
+    pub(super) fn released(&mut self, id: u32, copied: bool, failed: bool) -> io::Result<()> {
+        let known = if failed {
+            self.ledger.forgiven(id)
+        } else {
+            self.ledger.released(id, id, copied)
+        };
+        known.map_err(|error| {
+            self.broken = true;
+            io::Error::new(io::ErrorKind::InvalidData, error)
+        })
+    }
+
     /// A call that asked for zero copy was made as a plain one.
     pub(super) fn copied_at_once(&mut self) {
         self.ledger.copied_at_once();

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::{self, setsockopt, sockopt::TcpNoDelay};
 
+use super::copies;
 use super::loans::Loans;
 use super::wait::{self, Stall};
 use super::{
@@ -28,13 +29,13 @@ use crate::sys::wake::Wake;
 
 /// Smallest piece that is still lent when the kernel refuses to pin more, in bytes. Pinning and the
 /// notice cost as much as copying this much.
-const LEND_BYTES_MIN: usize = 64 * 1024;
+pub(super) const LEND_BYTES_MIN: usize = 64 * 1024;
 
 /// How long a dropped channel waits for its memory after the reset.
-const DROP_PATIENCE: Duration = Duration::from_millis(100);
+pub(super) const DROP_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Pauses between looks at the error queue of a socket that can no longer be polled.
-const PAUSE_MIN: Duration = Duration::from_millis(1);
+pub(super) const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(20);
 
 /// Answers of a socket whose connection is gone. Others (`EFAULT`, `ENOMEM`) are about one call.
@@ -57,9 +58,9 @@ const GONE: [Errno; 10] = [
 /// first if the data matters.
 #[derive(Debug)]
 pub struct SocketChannel {
-    fd: OwnedFd,
-    patience: Patience,
-    features: Features,
+    pub(super) fd: OwnedFd,
+    pub(super) patience: Patience,
+    pub(super) features: Features,
     is_tcp: bool,
     zero_copy_refusal: Option<Cow<'static, str>>,
     loans: Loans,
@@ -67,10 +68,12 @@ pub struct SocketChannel {
     /// Largest piece to lend, lowered when the kernel refuses and tried anew after each flush.
     lend_bytes_max: usize,
     copied_by_us_bytes: u64,
+    /// Times the kernel would not pin what was to be lent.
+    refusals: u64,
     /// What ended the connection. Remembered, because the kernel tells it once.
-    lost: Option<Errno>,
+    pub(super) lost: Option<Errno>,
     /// We threw the connection away ourselves.
-    is_reset: bool,
+    pub(super) is_reset: bool,
 }
 
 impl SocketChannel {
@@ -106,6 +109,7 @@ impl SocketChannel {
             iov: IovBuf::new(),
             lend_bytes_max: usize::MAX,
             copied_by_us_bytes: 0,
+            refusals: 0,
             lost: None,
             is_reset: false,
         })
@@ -122,12 +126,6 @@ impl SocketChannel {
     #[must_use]
     pub fn copied_by_us_bytes(&self) -> u64 {
         self.copied_by_us_bytes
-    }
-
-    /// Zero-copy sends released and copied since the channel was made.
-    #[must_use]
-    pub fn totals(&self) -> Flush {
-        self.loans.totals()
     }
 
     /// Zero-copy sends whose memory is not back.
@@ -195,6 +193,7 @@ impl SocketChannel {
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
                 Err(error) => return Err(error),
             }
+            self.refusals += 1;
             if self.loans.reap(self.fd.as_fd())? {
                 continue;
             }
@@ -217,7 +216,12 @@ impl SocketChannel {
 
     /// Waits until one of `events` shows or the connection hangs up, and takes notices meanwhile.
     /// `stall` lives as long as the caller's whole wait.
-    fn wait(&mut self, events: PollFlags, stall: &mut Option<Stall>, what: &str) -> io::Result<()> {
+    pub(super) fn wait(
+        &mut self,
+        events: PollFlags,
+        stall: &mut Option<Stall>,
+        what: &str,
+    ) -> io::Result<()> {
         let timeout = self.patience.stall_timeout;
         let queued = self.queued_bytes();
         let called_again = stall.is_some();
@@ -313,7 +317,7 @@ impl SocketChannel {
     }
 
     /// Remembers the first error that says the connection is gone, and returns it from then on.
-    fn note_loss(&mut self, error: io::Error) -> io::Error {
+    pub(super) fn note_loss(&mut self, error: io::Error) -> io::Error {
         let errno = error.raw_os_error().map(Errno::from_raw);
         match errno.filter(|errno| GONE.contains(errno)) {
             Some(errno) => (*self.lost.get_or_insert(errno)).into(),
@@ -457,6 +461,14 @@ impl Channel for SocketChannel {
             Err(Errno::ENOTCONN) if self.is_reset || self.lost.is_some() => Ok(()),
             result => Ok(result?),
         }
+    }
+
+    fn released(&self) -> Flush {
+        self.loans.totals()
+    }
+
+    fn zero_copy_trouble(&self, all_copied: bool) -> Option<String> {
+        copies::trouble(self.fd.as_fd(), self.refusals > 0, all_copied)
     }
 
     fn queued_bytes(&self) -> Option<u64> {

@@ -68,6 +68,7 @@ impl Exit {
             | "region-moved"
             | "page-size"
             | "no-regions"
+            | "no-such-cpu"
             | "id-in-use"
             | "no-such-transfer"
             | "not-indeterminate"

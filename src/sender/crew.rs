@@ -6,15 +6,19 @@ use std::sync::mpsc as jobs;
 use std::thread;
 use std::time::Duration;
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use tokio::sync::mpsc;
 
 use crate::channel::{Patience, SocketChannel};
-use crate::config::ZeroCopyMode;
+use crate::config::{CpuList, ZeroCopyMode};
 use crate::iteration::Plan;
 use crate::peer::{self, Connection};
 use crate::stats::StreamStats;
 use crate::stream::{Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, ZeroCopyWish};
 use crate::sys::wake::Wake;
+
+use super::error::TransferError;
 
 /// A stream's thread, and the queue that holds its next job.
 #[derive(Debug)]
@@ -30,16 +34,19 @@ pub(super) struct Crew {
     reports: mpsc::UnboundedReceiver<Result<Report, StreamError>>,
     report: mpsc::UnboundedSender<Result<Report, StreamError>>,
     wake: Wake,
+    /// Where its threads run; `None` is anywhere.
+    cpus: Option<CpuSet>,
 }
 
 impl Crew {
-    pub(super) fn new(wake: Wake) -> Self {
+    pub(super) fn new(wake: Wake, cpus: Option<CpuSet>) -> Self {
         let (report, reports) = mpsc::unbounded_channel();
         Self {
             members: Vec::new(),
             reports,
             report,
             wake,
+            cpus,
         }
     }
 
@@ -67,9 +74,16 @@ impl Crew {
         // One job is under way or waiting; the barrier between Iterations lets there be no second.
         let (jobs, next) = jobs::sync_channel(1);
         let report = self.report.clone();
+        let cpus = self.cpus;
         let thread = thread::Builder::new()
             .name(format!("mf-send-{index}"))
-            .spawn(move || work(stream, &next, &report))?;
+            .spawn(move || {
+                // The list was checked when the attempt began. CPUs that have gone since are no reason to fail.
+                if let Some(Err(error)) = cpus.map(|cpus| sched_setaffinity(THIS_THREAD, &cpus)) {
+                    tracing::warn!(%error, "a stream runs on any CPU: its affinity could not be set");
+                }
+                work(stream, &next, &report);
+            })?;
         self.members.push(Member { jobs, thread });
         Ok(())
     }
@@ -123,6 +137,34 @@ async fn join(threads: Vec<thread::JoinHandle<()>>) {
     };
     let _ = tokio::task::spawn_blocking(join).await;
 }
+
+/// The CPUs that streams may run on, out of those that we may: `None` if any will do.
+pub(super) fn affinity(list: &CpuList) -> Result<Option<CpuSet>, TransferError> {
+    if list.is_any() {
+        return Ok(None);
+    }
+    let ours = sched_getaffinity(THIS_THREAD)
+        .map_err(|error| TransferError::local("ask for the CPUs of this process")(error.into()))?;
+    let usable: Vec<_> = (0..CpuSet::count())
+        .filter(|&cpu| ours.is_set(cpu).unwrap_or(false))
+        .collect();
+    let chosen = list.choose(&usable);
+    if chosen.is_empty() {
+        return Err(TransferError::NoCpu {
+            list: list.clone(),
+            usable,
+        });
+    }
+    let mut set = CpuSet::new();
+    for cpu in chosen {
+        // Every one of them was in a set of the same size.
+        let _ = set.set(cpu);
+    }
+    Ok(Some(set))
+}
+
+/// Who asks, in the words of sched_setaffinity(2).
+const THIS_THREAD: Pid = Pid::from_raw(0);
 
 /// A stream's thread: does jobs until there are none or one fails.
 fn work(

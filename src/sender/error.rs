@@ -4,6 +4,7 @@ use std::io;
 
 use serde_json::{Value, json};
 
+use crate::config::CpuList;
 use crate::dirty::TrackerError;
 use crate::freeze::FreezeError;
 use crate::name::Name;
@@ -50,6 +51,8 @@ pub(super) enum TransferError {
         "region {name}: tracker scan of a live writer needs integrity = \"crc32c\": without checksums a value that comes and goes between two scans is lost"
     )]
     ScanWithoutIntegrity { name: Name },
+    #[error("no CPU of cpus = \"{list}\" is one that the sender may use: it may use {usable:?}")]
+    NoCpu { list: CpuList, usable: Vec<usize> },
     #[error("{0} is not served by this version")]
     NotServed(&'static str),
     #[error("the receiver said {0} where the protocol has no place for it")]
@@ -78,6 +81,7 @@ impl TransferError {
             Self::NotFrozen { .. } => "not-frozen",
             Self::Corrupt { .. } => "corrupt",
             Self::ScanWithoutIntegrity { .. } | Self::NotServed(_) => "invalid-argument",
+            Self::NoCpu { .. } => "no-such-cpu",
             Self::OutOfPlace(_) => "protocol",
             Self::Local { .. } => "sender-failed",
         }

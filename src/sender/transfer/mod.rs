@@ -23,7 +23,7 @@ use crate::stream::StreamError;
 use crate::sys::wake::Wake;
 use crate::wire::{BootId, FromReceiver, FromSender, Hex128, StreamTotals};
 
-use super::crew::{Crew, REASON_WAIT};
+use super::crew::{Crew, REASON_WAIT, affinity};
 use super::debt::{Debt, Source};
 use super::error::TransferError;
 use super::registry::{Registered, Tracking};
@@ -114,6 +114,7 @@ impl Transfer {
         let sources: Arc<[Source]> = order.regions.iter().map(source).collect::<Result<_, _>>()?;
         let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
         let standstill = Standstill::new(nonce, Arc::clone(&order.guardian));
+        let cpus = affinity(&parameters.cpus)?;
         let wake = Wake::new().map_err(TransferError::local("make an eventfd"))?;
         Ok(Self {
             debt: Debt::of_all(sources),
@@ -128,7 +129,7 @@ impl Transfer {
             reached: order.endpoint.clone(),
             talk: None,
             receiver_boot_id: BootId("".into()),
-            crew: Crew::new(wake.clone()),
+            crew: Crew::new(wake.clone(), cpus),
             wake,
             order,
             standstill,
