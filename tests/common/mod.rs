@@ -13,6 +13,7 @@
 pub(crate) mod fake;
 pub(crate) mod memory;
 pub(crate) mod random;
+pub(crate) mod relay;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -131,12 +132,23 @@ impl Daemon {
         config: &str,
         user: Option<u32>,
     ) -> Self {
+        Self::start_by(memferry(), stage, role, who, config, user)
+    }
+
+    /// The same, where `command` is the binary, or something that becomes it.
+    pub(crate) fn start_by(
+        mut command: Command,
+        stage: &Stage,
+        role: &str,
+        who: &str,
+        config: &str,
+        user: Option<u32>,
+    ) -> Self {
         let config = stage.write(&format!("{who}.toml"), config);
         let log = stage.path(&format!("{who}.log"));
         let ready = stage.path(&format!("{who}.ready"));
         let _ = fs::remove_file(&ready);
         let notified = UnixDatagram::bind(&ready).unwrap();
-        let mut command = memferry();
         if let Some(user) = user {
             std::os::unix::fs::chown(&ready, Some(user), None).unwrap();
             command.uid(user);
