@@ -3,6 +3,7 @@
 //! One connection, one thread: `execute` sends a command and returns its answer; events that come
 //! meanwhile are kept, in order, for `next_event`. No wait is without a deadline.
 
+mod marks;
 mod stop;
 mod track;
 
@@ -21,8 +22,9 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
+pub use marks::Marks;
 pub use stop::{Order, Stoppable};
-pub use track::Tracked;
+pub use track::{Tracked, Tracking};
 
 use crate::limits::CONTROL_ANSWER_BYTES_MAX;
 use crate::sys::scm;
@@ -276,10 +278,8 @@ impl Connection {
     }
 
     fn fill(&mut self, deadline: Instant) -> io::Result<()> {
-        // What has already arrived is read even when the time is up; zero would mean for ever.
-        let left = deadline
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_millis(1));
+        // What has already arrived is read even when the time is up.
+        let left = deadline.saturating_duration_since(Instant::now());
         let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         let mut readable = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
         match poll(&mut readable, left) {
@@ -394,8 +394,9 @@ fn classify(mut message: Value) -> Message {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Read;
+
+    use super::*;
     use std::os::unix::net::UnixListener;
     use std::thread;
 
