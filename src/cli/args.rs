@@ -1,5 +1,6 @@
 //! What is typed: the verbs, their arguments, and their help texts. Nothing is decided here.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -64,6 +65,11 @@ pub enum Command {
     ///
     /// Look at the destination first: if it runs there and you say `source`, it runs twice.
     Resolve(ResolveArgs),
+    /// Show the transfers of a daemon that have ended, also before its last restart.
+    History(HistoryArgs),
+    /// Write the final blob of a transfer, such as a machine's device state, to standard output. Of a
+    /// receiver: name its socket.
+    Blob(BlobArgs),
     /// Show the whole job on this host: receiver, sender and a busy writer, then compare every byte.
     Demo(DemoArgs),
     /// Run a writer that stamps pages at a steady rate and can be frozen; for trying things out.
@@ -100,6 +106,8 @@ pub enum RegionCommand {
         /// Name of the Region.
         name: Name,
     },
+    /// Take a Region that was committed from a receiver, once. Its file stays under its name.
+    Take(TakeArgs),
     /// List the Regions.
     List {
         /// Print the daemon's answer as one line of JSON.
@@ -122,6 +130,45 @@ pub struct RegionAddArgs {
     /// How the writer is stopped for the last pass: none, or pid=NUMBER to stop that process.
     #[arg(long, value_name = "KIND[=ARG]", value_parser = parse_freeze)]
     pub freeze: Option<Freeze>,
+}
+
+/// Arguments of `memferry region take`.
+#[derive(Debug, Args)]
+pub struct TakeArgs {
+    /// Name of the Region.
+    pub name: Name,
+    /// Copy it to this new file.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Run this command instead, with the memory open as the descriptor MEMFERRY_REGION_FD.
+    #[arg(
+        last = true,
+        value_name = "COMMAND",
+        required_unless_present = "output",
+        conflicts_with = "output"
+    )]
+    pub command: Vec<OsString>,
+}
+
+/// Arguments of `memferry blob`.
+#[derive(Debug, Args)]
+pub struct BlobArgs {
+    /// Id of the transfer.
+    pub id: Name,
+    /// Write it to this new file instead.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Delete it at the receiver once it is written.
+    #[arg(long)]
+    pub delete: bool,
+}
+
+/// Arguments of `memferry history`.
+#[derive(Debug, Args)]
+pub struct HistoryArgs {
+    /// Print the daemon's answer as one line of JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How changed pages are found.
@@ -339,7 +386,7 @@ fn parse_setting(text: &str) -> Result<(String, Value), String> {
     let Some((key, value)) = text.split_once('=').filter(|(key, _)| !key.is_empty()) else {
         return Err("write it as KEY=VALUE".into());
     };
-    if ["uri", "id", "regions", "dry-run"].contains(&key) {
+    if ["uri", "id", "regions", "dry-run", "final-fdname"].contains(&key) {
         return Err(format!("{key} has an argument of its own"));
     }
     let parsed = serde_json::from_str(value)

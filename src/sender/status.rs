@@ -1,5 +1,6 @@
 //! What is known of an attempt, and how `query-migrate` shows it.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::TransferParameters;
 use crate::control::{ClientId, EventBus};
+use crate::history::History;
 use crate::limits::PAGE_BYTES;
 use crate::name::Name;
 use crate::stats::StreamStats;
@@ -72,12 +74,20 @@ pub(super) struct IterationRow {
     pub(super) flush_time: Duration,
 }
 
-/// Times around the freeze, each from its start.
+/// How the downtime was spent: one after the other, up to `total`.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Downtime {
     pub(super) freeze: Duration,
+    /// Asking the trackers, and reading what has to be looked at.
+    pub(super) scan: Duration,
+    /// Sending what was left until all of it was applied, without the waits for its release.
     pub(super) send: Duration,
+    /// Waiting for the release of lent memory.
+    pub(super) flush: Duration,
+    /// Reading once more what is tracked by reading.
     pub(super) check: Duration,
+    /// The final blob.
+    pub(super) blob: Duration,
     pub(super) prepare: Duration,
     pub(super) commit: Duration,
     pub(super) total: Duration,
@@ -96,6 +106,7 @@ struct State {
     bytes_per_second: u64,
     iterations: Vec<IterationRow>,
     downtime: Option<Downtime>,
+    blob_bytes: Option<u64>,
     error: Option<Value>,
 }
 
@@ -112,6 +123,9 @@ pub(super) struct Attempt {
     /// What the operator says about who owns the Regions.
     decision: watch::Sender<Option<Owner>>,
     events: EventBus,
+    history: Arc<History>,
+    /// Where the final blob is read from.
+    final_blob: Mutex<Option<OwnedFd>>,
     /// Writers that stop themselves.
     pub(super) clients: Clients,
     state: Mutex<State>,
@@ -124,6 +138,7 @@ impl Attempt {
         total_bytes: u64,
         parameters: TransferParameters,
         events: EventBus,
+        history: Arc<History>,
         clients: Clients,
     ) -> Arc<Self> {
         let attempt = Self {
@@ -138,6 +153,8 @@ impl Attempt {
             started: Instant::now(),
             decision: watch::Sender::new(None),
             events,
+            history,
+            final_blob: Mutex::new(None),
             clients,
             state: Mutex::new(State {
                 status: Status::Setup,
@@ -150,6 +167,7 @@ impl Attempt {
                 bytes_per_second: 0,
                 iterations: Vec::new(),
                 downtime: None,
+                blob_bytes: None,
                 error: None,
             }),
         };
@@ -207,6 +225,9 @@ impl Attempt {
             }
         }
         tracing::info!(id = %self.id, status = status.as_str(), "transfer");
+        if status.is_final() {
+            self.history.add(self.to_json());
+        }
         self.announce(status);
     }
 
@@ -318,6 +339,28 @@ impl Attempt {
         self.lock().expected_downtime = Some(downtime);
     }
 
+    /// Names the descriptor that the final blob is read from; `false` if there is one already.
+    pub(super) fn give_final_blob(&self, fd: OwnedFd) -> bool {
+        let mut blob = self.lock_final_blob();
+        let first = blob.is_none();
+        blob.get_or_insert(fd);
+        first
+    }
+
+    pub(super) fn take_final_blob(&self) -> Option<OwnedFd> {
+        self.lock_final_blob().take()
+    }
+
+    fn lock_final_blob(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.final_blob
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_blob_bytes(&self, bytes: u64) {
+        self.lock().blob_bytes = Some(bytes);
+    }
+
     pub(super) fn set_downtime(&self, downtime: Downtime) {
         self.lock().downtime = Some(downtime);
     }
@@ -370,13 +413,19 @@ impl Attempt {
             shown["downtime-us"] = us(downtime.total);
             shown["downtime-breakdown-us"] = json!({
                 "freeze": us(downtime.freeze),
+                "scan": us(downtime.scan),
                 "send": us(downtime.send),
+                "flush": us(downtime.flush),
                 "check": us(downtime.check),
+                "blob": us(downtime.blob),
                 "prepare": us(downtime.prepare),
                 "commit": us(downtime.commit),
             });
         } else if let Some(expected) = state.expected_downtime {
             shown["expected-downtime"] = ms(expected);
+        }
+        if let Some(bytes) = state.blob_bytes {
+            shown["blob-size"] = bytes.into();
         }
         if let Some(error) = &state.error {
             shown["error"] = error.clone();
