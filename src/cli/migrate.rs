@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::args::{MigrateArgs, OwningSide, ProgressMode, RecoverArgs, ResolveArgs};
 use super::exit::Exit;
 use super::interrupts::Interrupts;
-use super::output::{line, note, text};
+use super::output::{bytes, line, note, number, text};
 use super::progress::Progress;
 use super::status::{print_summary, query};
 use crate::client::{ClientError, Connection};
@@ -94,6 +94,13 @@ pub(super) fn recover(socket: &Path, args: &RecoverArgs) -> Result<(), ClientErr
     connection.execute("migrate-recover", arguments).map(|_| ())
 }
 
+pub(super) fn go_on(socket: &Path, id: Option<&str>) -> Result<(), ClientError> {
+    let mut connection = Connection::connect(socket)?;
+    let mut order = query(id);
+    order["state"] = json!("pre-switchover");
+    connection.execute("migrate-continue", order).map(|_| ())
+}
+
 pub(super) fn resolve(socket: &Path, args: &ResolveArgs) -> Result<(), ClientError> {
     let owner = match args.owner {
         OwningSide::Source => "source",
@@ -123,16 +130,27 @@ fn request(args: &MigrateArgs) -> Value {
     arguments
 }
 
-/// What would be done, one member a line.
+/// What would be done. The receiver was asked, and nothing was sent.
 fn print_plan(plan: &Value, as_json: bool) {
-    match plan.as_object() {
-        Some(members) if !as_json => {
-            for (name, value) in members {
-                line(format_args!("{name}: {}", text(value)));
-            }
-        }
-        _ => line(plan),
+    if as_json {
+        line(plan);
+    } else {
+        plan_lines(plan).iter().for_each(line);
     }
+}
+
+fn plan_lines(plan: &Value) -> Vec<String> {
+    let regions = plan["regions"].as_array().into_iter().flatten();
+    let names: Vec<_> = regions.map(text).collect();
+    let mut lines = vec![
+        format!("regions     {}", names.join(", ")),
+        format!("total       {}", bytes(number(&plan["total"]))),
+        "parameters".to_owned(),
+    ];
+    let parameters = plan["parameters"].as_object().into_iter().flatten();
+    lines.extend(parameters.map(|(name, value)| format!("  {name:<20}  {}", text(value))));
+    lines.push("The receiver would take them. Nothing was sent.".to_owned());
+    lines
 }
 
 /// One transfer being watched.
@@ -262,6 +280,24 @@ mod tests {
             ]),
             json!({"uri": "unix:/x", "id": "a", "regions": ["r1", "r2"], "streams": 8,
                    "max-bandwidth": "1GiB/s", "dry-run": true})
+        );
+    }
+
+    #[test]
+    fn a_plan_reads_as_lines() {
+        let plan = json!({"id": "t", "dry-run": true, "regions": ["a", "b"], "total": 3 << 20,
+                          "parameters": {"streams": 4, "zero-copy": "auto", "timeout": null}});
+        assert_eq!(
+            plan_lines(&plan),
+            [
+                "regions     a, b",
+                "total       3.0 MiB",
+                "parameters",
+                "  streams               4",
+                "  timeout               -",
+                "  zero-copy             auto",
+                "The receiver would take them. Nothing was sent.",
+            ]
         );
     }
 

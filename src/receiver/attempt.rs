@@ -1,7 +1,8 @@
 //! One attempt as the receiver lives it: agree, receive, prepare, commit.
 
+mod handover;
+
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,13 +17,17 @@ use crate::name::Name;
 use crate::peer::{Connection, Conversation, PeerError};
 use crate::stats::Counter;
 use crate::stream::{IncomingSetup, StreamError};
-use crate::wire::{FromReceiver, FromSender, Hex128, Offer, StreamTotals, Token};
+use crate::wire::{
+    BlobAccount, FromReceiver, FromSender, Hex128, Offer, OfferedRegion, StreamTotals, Token,
+};
 
 use super::Receiver;
 use super::admission::{self, Refusal};
-use super::destination::{self, DestinationFile, Hidden};
+use super::blob::ArrivingBlob;
+use super::destination::{DestinationFile, Hidden};
 use super::entry::{Arrival, Entry, Resuming, Return};
 use super::error::AttemptError;
+use super::prepared::{Place, PreparedMemory};
 use super::readers::Readers;
 
 /// Bounds on what a sender may ask for as stall timeout.
@@ -35,9 +40,6 @@ const RECOVERY_MAX: Duration = Duration::from_secs(RECOVER_SECONDS_MAX);
 const REASON_WAIT: Duration = Duration::from_millis(500);
 
 type Talk = Conversation<FromReceiver, FromSender>;
-
-/// Each file, and the final name it gets.
-type Moves = Vec<(PathBuf, PathBuf)>;
 
 /// Serves a conversation that began with an offer, to the end of the attempt.
 pub(super) async fn take(
@@ -68,7 +70,10 @@ pub(super) async fn take(
             .map(|region| (region.name.clone(), region.length))
             .collect(),
         received: Arc::default(),
+        admitted: false,
         accepted: None,
+        blob: None,
+        blob_bytes: None,
     };
     tracing::info!(id = %attempt.id, from, nonce = %attempt.nonce, regions = attempt.regions.len(), "a transfer is offered");
     let ended = attempt.run(&offer).await;
@@ -103,7 +108,13 @@ struct Attempt {
     nonce: Hex128,
     regions: Vec<(Name, u64)>,
     received: Arc<Counter>,
+    /// Whether the offer was found good: it may have claimed prepared memory.
+    admitted: bool,
     accepted: Option<Accepted>,
+    /// What has arrived of it over this conversation.
+    blob: Option<ArrivingBlob>,
+    /// Length of the blob that was committed.
+    blob_bytes: Option<u64>,
 }
 
 /// What exists from the acceptance on.
@@ -112,7 +123,7 @@ struct Accepted {
     entry: Arc<Entry>,
     arriving: mpsc::Receiver<Arrival>,
     back: Return,
-    setup: Arc<IncomingSetup<DestinationFile>>,
+    setup: Arc<IncomingSetup<Place>>,
     readers: Readers,
     /// The last epoch that had streams, and how many frames of each were applied in it.
     applied: (u32, Vec<u64>),
@@ -147,10 +158,10 @@ impl Attempt {
 
     /// From the first stream to the commit, over the connections of one epoch.
     async fn serve(&mut self) -> Result<(), AttemptError> {
-        let totals = self.receive().await?;
-        let moves = self.prepare(&totals).await?;
+        let (totals, blob) = self.receive().await?;
+        let ready = self.prepare(&totals, blob).await?;
         self.talk.say(&FromReceiver::Prepared {}).await?;
-        self.commit(moves).await
+        self.commit(ready).await
     }
 
     /// Checks the offer and makes what it needs. Nothing of it is visible in the directory.
@@ -174,15 +185,9 @@ impl Attempt {
         if offer.dry_run {
             return Ok(token);
         }
-        let create = |region: &crate::wire::OfferedRegion| {
-            DestinationFile::create(
-                &config.directory,
-                region.name.clone(),
-                region.length,
-                config.huge_pages,
-            )
-        };
-        let destinations: Arc<[_]> = offer.regions.iter().map(create).collect::<Result<_, _>>()?;
+        self.admitted = true;
+        let places = offer.regions.iter().map(|region| self.place(region));
+        let destinations: Arc<[_]> = places.collect::<Result<_, _>>()?;
         let assembly = Assembly::new(0, offer.streams, self.regions.iter().cloned());
         let readers = Readers::new().map_err(AttemptError::local("make an eventfd"))?;
         let (entry, arriving, back) = Entry::new(offer, Arc::clone(&destinations));
@@ -207,8 +212,23 @@ impl Attempt {
         Ok(token)
     }
 
+    /// Where a Region is to arrive: memory that was prepared for it, or a new file.
+    fn place(&self, offered: &OfferedRegion) -> Result<Place, AttemptError> {
+        let claimed = self.receiver.lock().holdings.claim(&offered.name, &self.id);
+        if let Some(region) = claimed {
+            region.check_length()?;
+            let memory =
+                PreparedMemory::new(region).map_err(AttemptError::local("open /dev/zero"))?;
+            return Ok(Place::Prepared(memory));
+        }
+        let config = &self.receiver.config;
+        let (name, bytes) = (offered.name.clone(), offered.length);
+        let file = DestinationFile::create(&config.directory, name, bytes, config.huge_pages)?;
+        Ok(Place::New(file))
+    }
+
     /// Lets the streams work, as they come, until the sender says that it is done.
-    async fn receive(&mut self) -> Result<Vec<StreamTotals>, AttemptError> {
+    async fn receive(&mut self) -> Result<(Vec<StreamTotals>, Option<BlobAccount>), AttemptError> {
         loop {
             let accepted = accepted(&mut self.accepted);
             tokio::select! {
@@ -221,81 +241,18 @@ impl Attempt {
                 }
                 (stream, end) = accepted.readers.hear() => return Err(failure(stream, end, &mut self.talk).await),
                 message = hear(&mut self.talk, &mut accepted.back, &accepted.entry) => match message? {
-                    FromSender::Prepare { streams } => return Ok(streams),
+                    FromSender::Prepare { streams, blob } => return Ok((streams, blob)),
+                    FromSender::Blob(piece) => {
+                        if self.blob.is_none() {
+                            let made = ArrivingBlob::new(&self.receiver.journal);
+                            self.blob = Some(made.map_err(AttemptError::local("keep the final blob"))?);
+                        }
+                        self.blob.as_mut().map_or(Ok(()), |blob| blob.add(&piece))?;
+                    }
                     other => return Err(unexpected(Ok(other))),
                 },
             }
         }
-    }
-
-    /// Everything is there and intact, and every file has a name to be renamed from. The streams end
-    /// first: what is not in place now never will be.
-    async fn prepare(&mut self, totals: &[StreamTotals]) -> Result<Moves, AttemptError> {
-        let nonce = self.nonce;
-        let accepted = accepted(&mut self.accepted);
-        accepted.end_epoch().await;
-        let setup = Arc::clone(&accepted.setup);
-        setup.assembly.verdict(totals)?;
-        let named = accepted.hidden.is_some();
-        let hide = move || {
-            let mut hidden = Vec::new();
-            for (index, file) in setup.destinations.iter().enumerate() {
-                file.sync()?;
-                // An unnamed file can be given a name only once.
-                if !named {
-                    hidden.push(file.hide(nonce, index)?);
-                }
-            }
-            Ok::<_, io::Error>(hidden)
-        };
-        // On a disk this writes the Regions out, so it is not for the control plane's thread.
-        let hidden = tokio::task::spawn_blocking(hide)
-            .await
-            .map_err(io::Error::from);
-        let hidden = hidden
-            .and_then(|hidden| hidden)
-            .map_err(AttemptError::local(
-                "link the regions into receive.directory",
-            ))?;
-        let hidden = accepted.hidden.get_or_insert(hidden);
-        Ok(hidden.iter().map(Hidden::its_move).collect())
-    }
-
-    /// The one step after which the Regions are ours. There is no way back behind the record.
-    async fn commit(&mut self, moves: Moves) -> Result<(), AttemptError> {
-        let accepted = accepted(&mut self.accepted);
-        match hear(&mut self.talk, &mut accepted.back, &accepted.entry).await? {
-            FromSender::Commit { nonce } if nonce == self.nonce => {}
-            other => return Err(unexpected(Ok(other))),
-        }
-        let boot_id = self.receiver.boot_id.clone();
-        let record = Decision::Committed {
-            boot_id,
-            moves: moves.clone(),
-        };
-        let decided = self.receiver.journal.decide(self.nonce, record);
-        match decided.map_err(AttemptError::local("write the commit record"))? {
-            Decision::Committed { moves: decided, .. } if decided == moves => {}
-            Decision::Committed { .. } | Decision::Refused { .. } => {
-                let desc = "this attempt was decided before, and not in favour of this receiver";
-                return Err(Refusal::new("refused", desc).into());
-            }
-        }
-        let hidden = accepted.hidden.take();
-        hidden.into_iter().flatten().for_each(Hidden::keep);
-        destination::roll_forward(&moves);
-        self.receiver
-            .lock()
-            .committed
-            .extend(self.regions.iter().cloned());
-        // If this is lost the sender asks again, and the record answers.
-        let told = self.talk.say(&FromReceiver::Committed {}).await;
-        tracing::info!(id = %self.id, told = told.is_ok(), "committed: the regions are owned here now");
-        self.report("completed", None);
-        // The sender hangs up when it has heard. Unmapping the memory here takes milliseconds per GiB,
-        // and on few cores they would be part of its downtime.
-        let _ = timeout(REASON_WAIT, self.talk.hear()).await;
-        Ok(())
     }
 
     /// A connection was lost: ends the streams, and waits for the sender to come back. When this returns
@@ -340,6 +297,8 @@ impl Attempt {
     async fn resume(&mut self, resuming: Resuming) -> Result<(), AttemptError> {
         let accepted = accepted(&mut self.accepted);
         self.talk = Talk::start(resuming.connection, self.patience);
+        // It comes again, from its beginning.
+        self.blob = None;
         let asked = resuming.resume;
         let before = &accepted.setup;
         let epoch = before.assembly.epoch() + 1;
@@ -376,15 +335,19 @@ impl Attempt {
     /// Ends every thread and forgets the attempt; says whether it had been accepted. Files without a
     /// name vanish with their descriptors.
     async fn clean_up(&mut self) -> bool {
-        let Some(mut accepted) = self.accepted.take() else {
-            return false;
+        let accepted = self.accepted.take();
+        let entry = match accepted {
+            Some(mut accepted) => {
+                accepted.end_epoch().await;
+                self.receiver.lock().attempts.remove(&accepted.token);
+                Some(Arc::clone(&accepted.entry))
+            }
+            None => None,
         };
-        accepted.end_epoch().await;
-        self.receiver.lock().attempts.remove(&accepted.token);
-        let entry = Arc::clone(&accepted.entry);
-        drop(accepted);
-        entry.set_ended();
-        true
+        if self.admitted {
+            self.receiver.lock().holdings.ended(&self.id, false);
+        }
+        entry.as_ref().inspect(|entry| entry.set_ended()).is_some()
     }
 
     fn report(&self, status: &str, error: Option<&AttemptError>) {
@@ -396,6 +359,9 @@ impl Attempt {
             "regions": names,
             "ram": {"total": total, "transferred": self.received.get()},
         });
+        if let Some(bytes) = self.blob_bytes {
+            shown["blob-size"] = bytes.into();
+        }
         if let Some(error) = error {
             shown["error"] =
                 json!({"class": "GenericError", "desc": error.to_string(), "x-code": error.code()});

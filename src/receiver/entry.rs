@@ -11,6 +11,7 @@ use crate::stream::Destination;
 use crate::wire::{BootId, Hex128, Offer, Resume, Status};
 
 use super::destination::DestinationFile;
+use super::prepared::Place;
 
 /// A stream's connection, whose preamble is answered.
 #[derive(Debug)]
@@ -44,7 +45,7 @@ pub(super) struct Entry {
     sender: BootId,
     data_bytes: u64,
     total_bytes: u64,
-    destinations: Arc<[DestinationFile]>,
+    destinations: Arc<[Place]>,
     claims: Mutex<Claims>,
     streams: mpsc::Sender<Arrival>,
     resumes: mpsc::Sender<Resuming>,
@@ -83,17 +84,21 @@ impl Entry {
     /// An attempt whose first epoch is open.
     pub(super) fn new(
         offer: &Offer,
-        destinations: Arc<[DestinationFile]>,
+        destinations: Arc<[Place]>,
     ) -> (Self, mpsc::Receiver<Arrival>, Return) {
         let count = usize::from(offer.streams);
         let (streams, arriving) = mpsc::channel(count);
         let (resumes, resuming) = mpsc::channel(1);
         let regions = &offer.regions;
+        let arrive_in_files = regions.iter().zip(destinations.iter());
+        let arrive_in_files = arrive_in_files.filter(|(_, place)| place.file().is_some());
         let entry = Self {
             id: offer.id.clone(),
             nonce: offer.nonce,
             sender: offer.boot_id.clone(),
-            data_bytes: regions.iter().map(|r| r.data_bytes.min(r.length)).sum(),
+            data_bytes: arrive_in_files
+                .map(|(region, _)| region.data_bytes.min(region.length))
+                .sum(),
             total_bytes: regions.iter().map(|region| region.length).sum(),
             destinations,
             claims: Mutex::new(Claims {
@@ -137,6 +142,7 @@ impl Entry {
         let allocated: u64 = self
             .destinations
             .iter()
+            .filter_map(Place::file)
             .map(DestinationFile::allocated_bytes)
             .sum();
         self.data_bytes.saturating_sub(allocated)

@@ -13,7 +13,7 @@ use crate::peer::{self, Connection};
 use crate::stream::{IncomingSetup, IncomingStream, StreamError};
 use crate::sys::wake::Wake;
 
-use super::destination::DestinationFile;
+use super::prepared::Place;
 
 /// How a stream ended.
 pub(super) type StreamEnd = (u16, Result<(), StreamError>);
@@ -48,7 +48,7 @@ impl Readers {
         stream: u16,
         connection: Connection,
         stall_timeout: Duration,
-        setup: &Arc<IncomingSetup<DestinationFile>>,
+        setup: &Arc<IncomingSetup<Place>>,
     ) -> io::Result<()> {
         let patience = Patience {
             stall_timeout,

@@ -9,7 +9,7 @@ mod mapping;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -225,6 +225,15 @@ impl Region {
     #[must_use]
     pub fn mapping(&self) -> &Arc<Mapping> {
         &self.mapping
+    }
+
+    /// A second mapping of it, whose pages the kernel can pin for long (registered buffers): for a file
+    /// that may be opened for writing.
+    pub fn pinnable(&self) -> io::Result<Arc<Mapping>> {
+        // By way of /proc: a descriptor's own mode cannot be widened.
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        Mapping::new(&file, self.mapping.len(), Access::Pin)
     }
 
     /// The memory of `range`, for the kernel to read.

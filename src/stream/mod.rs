@@ -10,6 +10,7 @@
 mod error;
 mod incoming;
 mod inspect;
+mod lending;
 mod outgoing;
 mod owed;
 mod pace;
@@ -17,6 +18,7 @@ mod window;
 
 pub use error::StreamError;
 pub use incoming::{Destination, IncomingSetup, IncomingStream};
-pub use outgoing::{Job, OutgoingStream, Pass, Report, StreamSetup, ZeroCopyWish};
+pub use lending::{Fallback, Tell};
+pub use outgoing::{Job, OutgoingStream, Pass, Report, StreamSetup};
 pub use owed::{InFlight, Owed};
 pub use pace::Pace;

@@ -5,6 +5,7 @@
 //! Up to the commit record any other failure ends with the writer running and nothing at the destination;
 //! behind it nothing thaws the writer until the receiver has said that it is not the owner (rule 4).
 
+mod blob;
 mod handover;
 mod opening;
 mod passes;
@@ -24,9 +25,10 @@ use crate::peer::{Conversation, PeerError};
 use crate::stream::StreamError;
 use crate::wire::{BootId, FromReceiver, FromSender, Hex128, StreamTotals, Token};
 
+use blob::{Blob, Spent};
 use recovery::Clock;
 
-use super::crew::{Crew, REASON_WAIT};
+use super::crew::{Crew, REASON_WAIT, affinity};
 use super::debt::{Debt, Source};
 use super::error::TransferError;
 use super::registry::{Registered, Tracking};
@@ -97,6 +99,8 @@ pub(super) struct Transfer {
     crew: Crew,
     clock: Clock,
     standstill: Standstill,
+    blob: Option<Blob>,
+    spent_blob: Option<Spent>,
     downtime: Downtime,
 }
 
@@ -128,7 +132,8 @@ impl Transfer {
         };
         let sources: Arc<[Source]> = order.regions.iter().map(source).collect::<Result<_, _>>()?;
         let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
-        let standstill = Standstill::new(nonce, Arc::clone(&order.guardian));
+        let standstill = Standstill::new(nonce, Arc::clone(&attempt), Arc::clone(&order.guardian));
+        let cpus = affinity(&parameters.cpus)?;
         Ok(Self {
             debt: Debt::of_all(sources),
             nonce,
@@ -146,11 +151,13 @@ impl Transfer {
             reached: order.endpoint.clone(),
             talk: None,
             receiver_boot_id: BootId("".into()),
-            crew: Crew::new().map_err(TransferError::local("make an eventfd"))?,
+            crew: Crew::new(cpus).map_err(TransferError::local("make an eventfd"))?,
             clock: Clock::new(),
             parameters,
             order,
             standstill,
+            blob: None,
+            spent_blob: None,
             downtime: Downtime::default(),
         })
     }
@@ -213,6 +220,7 @@ impl Transfer {
         }
         self.settle().await?;
         self.check_frozen().await?;
+        self.send_blob().await?;
         self.prepare().await
     }
 

@@ -99,7 +99,9 @@ impl Transfer {
                     connection,
                     setup.clone(),
                     self.parameters.zero_copy,
+                    self.parameters.streams,
                     Arc::clone(stats),
+                    self.attempt.tell(),
                 )
                 .map_err(TransferError::local("start a stream"))?;
         }

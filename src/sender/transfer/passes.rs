@@ -87,7 +87,11 @@ impl Transfer {
             )
             .await?;
         let planned = plan.owed_pages();
-        let (reports, whole) = self.pass(plan, Pass::Send).await?;
+        let pass = match writer {
+            Writer::Runs => Pass::Send,
+            Writer::StandsStill => Pass::SendFinal,
+        };
+        let (reports, whole) = self.pass(plan, pass).await?;
         self.caught_up = whole;
         if whole {
             (self.passes, self.passes_ever) = (self.passes + 1, self.passes_ever + 1);
@@ -110,8 +114,16 @@ impl Transfer {
         }
         // What a whole Iteration leaves arrived torn.
         let torn_pages = self.debt.pages();
-        if writer == Writer::Runs {
-            self.debt.harvest().await?;
+        let longest = |time: fn(&Report) -> Duration| reports.iter().map(time).max();
+        let flush_time = longest(|report| report.flush_time).unwrap_or_default();
+        match writer {
+            Writer::Runs => {
+                self.debt.harvest().await?;
+            }
+            Writer::StandsStill => {
+                self.downtime.scan += longest(|report| report.read_time).unwrap_or_default();
+                self.downtime.flush += flush_time;
+            }
         }
         self.attempt.iteration_ended(IterationRow {
             pass: self.passes,
@@ -121,11 +133,7 @@ impl Transfer {
             dirty_bytes: self.remaining_bytes()?,
             bytes_per_second: sent.sum(),
             time,
-            flush_time: reports
-                .iter()
-                .map(|report| report.flush_time)
-                .max()
-                .unwrap_or_default(),
+            flush_time,
         });
         Ok(())
     }

@@ -5,6 +5,7 @@
 //! again before our own sockets are reset, what was lent is back, and the receiver has said that nothing
 //! reads the old connections any more (rules 1 and 2).
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::time::{sleep_until, timeout_at};
@@ -15,7 +16,6 @@ use crate::wire::{
     FromReceiver, FromSender, Hex128, Preamble, Purpose, Resume, StreamTotals, Token,
 };
 
-use super::super::crew::Crew;
 use super::super::error::TransferError;
 use super::super::standstill::Standstill;
 use super::super::status::Status;
@@ -85,7 +85,10 @@ impl Transfer {
         let mut left = left.map_err(TransferError::local(
             "get the memory back that was lent to a lost connection",
         ))?;
-        self.crew = Crew::new().map_err(TransferError::local("make an eventfd"))?;
+        self.crew = self
+            .crew
+            .successor()
+            .map_err(TransferError::local("make an eventfd"))?;
         self.caught_up = false;
 
         let mut pause = Duration::ZERO;
@@ -177,6 +180,7 @@ impl Transfer {
     /// The writers go on: what the standstill was for did not come about.
     async fn thaw(&mut self) {
         self.standstill.thaw().await;
+        self.spend_blob();
         self.attempt.thawed();
     }
 
@@ -221,7 +225,11 @@ impl Transfer {
         tracing::warn!(id = %self.attempt.id, nonce = %self.nonce, "the receiver does not hold this transfer any more: beginning again");
         self.thaw().await;
         self.nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
-        self.standstill = Standstill::new(self.nonce, self.order.guardian.clone());
+        self.standstill = Standstill::new(
+            self.nonce,
+            Arc::clone(&self.attempt),
+            Arc::clone(&self.order.guardian),
+        );
         self.debt.owed().fill();
         (self.iteration, self.passes, self.changed_pages) = (0, 0, 0);
         self.agree(false).await

@@ -4,23 +4,32 @@
     reason = "also the helpers of a test end it by a panic"
 )]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod line;
 
 use std::time::{Duration, Instant};
 
 use common::memory::{MIB, assert_same, dense};
-use common::relay::{Damage, Moment, Relay, Which};
 use common::{DEADLINE, Pair, Stage, Writer, listing};
+use line::{Damage, Line, Moment, Which};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 /// A pair over a bad line, with the Region `r` that a writer keeps writing.
-fn live(size: u64) -> (Pair, Relay, Writer) {
+fn live(size: u64) -> (Pair, Line, Writer) {
     let mut pair = Pair::new();
-    let relay = pair.over_a_relay();
+    let relay = bad_line(&mut pair);
     let writer = Writer::start(&pair.stage.path("r"), size, "4MiB/s", size / 4);
     pair.add_live("r", &writer);
     (pair, relay, writer)
+}
+
+/// From here on the sender reaches the receiver over a bad line.
+fn bad_line(pair: &mut Pair) -> Line {
+    let line = Line::to(&pair.uri);
+    pair.uri.clone_from(&line.uri);
+    line
 }
 
 /// So slow that there is time to break something.
@@ -348,7 +357,7 @@ fn a_cancel_ends_a_transfer_that_waits() {
 #[test]
 fn a_tracked_writer_loses_no_page_over_a_bad_line() {
     let mut pair = Pair::new();
-    let relay = pair.over_a_relay();
+    let relay = bad_line(&mut pair);
     let path = pair.stage.path("r");
     let socket = pair.sender.socket().to_owned();
     let writer = Writer::register(&path, 8 * MIB, "8MiB/s", 2 * MIB, &socket);
@@ -375,7 +384,7 @@ fn a_tracked_writer_loses_no_page_over_a_bad_line() {
 fn a_transfer_over_a_line_cut_every_300_ms_sends_at_most_half_of_it_twice() {
     let size = std::env::var("MEMFERRY_RELAY_MIB").map_or(4096, |text| text.parse().unwrap()) * MIB;
     let mut pair = Pair::new();
-    let relay = pair.over_a_relay();
+    let relay = bad_line(&mut pair);
     let source = pair.stage.path("r");
     dense(&source, size, 1);
     pair.add("r", &source);
