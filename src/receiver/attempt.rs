@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::assembly::Assembly;
 use crate::journal::Decision;
@@ -268,9 +268,14 @@ impl Attempt {
         let _ = timeout(REASON_WAIT, self.talk.say(&interrupted)).await;
         accepted(&mut self.accepted).end_epoch().await;
         self.report("paused", Some(&cause));
-        match timeout(self.recovery, self.come_back()).await {
-            Ok(resuming) => self.resume(resuming?).await,
-            Err(_) => Err(cause),
+        let deadline = Instant::now() + self.recovery;
+        loop {
+            let Ok(resuming) = timeout_at(deadline, self.come_back()).await else {
+                return Err(cause);
+            };
+            if self.resume(resuming?).await? {
+                return Ok(());
+            }
         }
     }
 
@@ -294,7 +299,8 @@ impl Attempt {
         }
     }
 
-    async fn resume(&mut self, resuming: Resuming) -> Result<(), AttemptError> {
+    /// Opens the next epoch; `false`: the conversation comes from the past.
+    async fn resume(&mut self, resuming: Resuming) -> Result<bool, AttemptError> {
         let accepted = accepted(&mut self.accepted);
         self.talk = Talk::start(resuming.connection, self.patience);
         // It comes again, from its beginning.
@@ -302,7 +308,17 @@ impl Attempt {
         let asked = resuming.resume;
         let before = &accepted.setup;
         let epoch = before.assembly.epoch() + 1;
-        let assembly = Arc::new(before.assembly.succeed(epoch, asked.iteration)?);
+        let assembly = match before.assembly.succeed(epoch, asked.iteration) {
+            Ok(assembly) => Arc::new(assembly),
+            Err(stale) => {
+                let refusal = FromReceiver::Refuse {
+                    code: "protocol".into(),
+                    desc: stale.to_string().into(),
+                };
+                let _ = self.talk.say(&refusal).await;
+                return Ok(false);
+            }
+        };
         let applied = match &accepted.applied {
             (epoch, applied) if *epoch == asked.epoch => applied.clone(),
             _ => Vec::new(),
@@ -329,7 +345,7 @@ impl Attempt {
                 missing,
             })
             .await;
-        Ok(())
+        Ok(true)
     }
 
     /// Ends every thread and forgets the attempt; says whether it had been accepted. Files without a
