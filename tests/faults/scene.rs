@@ -522,6 +522,8 @@ impl Scene {
             self.writer.is_some() && (undecided || moved)
         );
         self.restarted[0] = true;
+        // A new sender may have its answer before anybody can ask it.
+        self.indeterminate |= undecided;
         self.sender = self.places.sender(&self.stage, &self.setup.faults);
     }
 
