@@ -57,6 +57,12 @@ pub enum Command {
     Status(StatusArgs),
     /// Cancel a transfer: the latest, or the one with this id. The source keeps running.
     Cancel(CancelArgs),
+    /// Let a transfer stand still at the next moment that allows it: the latest, or the one with this id.
+    /// The source keeps running, and what has arrived stays there.
+    Pause(CancelArgs),
+    /// Go on with a transfer that is paused, or that has lost its connections: now, and not when it would
+    /// have tried again.
+    Recover(RecoverArgs),
     /// Say on behalf of writers that stop themselves that they stand still, and stay so.
     ///
     /// For a transfer in `pre-switchover` whose writers (freeze `client`) were stopped by hand.
@@ -253,7 +259,17 @@ pub struct StatusArgs {
     pub json: bool,
 }
 
-/// Arguments of `memferry cancel`.
+/// Arguments of `memferry recover`.
+#[derive(Debug, Args)]
+pub struct RecoverArgs {
+    /// Id of the transfer.
+    pub id: Option<Name>,
+    /// Another address of the same receiver.
+    #[arg(long)]
+    pub uri: Option<String>,
+}
+
+/// Arguments of `memferry cancel` and `memferry pause`.
 #[derive(Debug, Args)]
 pub struct CancelArgs {
     /// Id of the transfer.

@@ -45,6 +45,11 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
             let id = args.id.as_ref().map(|id| id.as_str());
             migrate::cancel(socket, id).map(|()| Exit::Done)
         }
+        Command::Pause(args) => {
+            let id = args.id.as_ref().map(|id| id.as_str());
+            migrate::pause(socket, id).map(|()| Exit::Done)
+        }
+        Command::Recover(args) => migrate::recover(socket, &args).map(|()| Exit::Done),
         Command::Continue(args) => {
             let id = args.id.as_ref().map(|id| id.as_str());
             migrate::go_on(socket, id).map(|()| Exit::Done)

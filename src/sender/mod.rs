@@ -11,6 +11,7 @@ mod commands;
 mod crew;
 mod debt;
 mod error;
+mod hold;
 mod moved;
 mod registry;
 mod resolve;
@@ -55,6 +56,8 @@ struct Sender {
     journal: Arc<Journal>,
     guardian: Arc<Mutex<Guardian>>,
     boot_id: BootId,
+    /// What receivers know this daemon by: its boot and its journal.
+    identity: BootId,
     events: EventBus,
     history: Arc<History>,
     state: Mutex<State>,
@@ -250,6 +253,9 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
     let sender = Arc::new(Sender {
         guardian: Arc::new(Mutex::new(guardian)),
         parameters: config.transfer,
+        identity: journal.boot_id().map_err(DaemonError::setup(
+            "read the boot id and the journal's identity",
+        ))?,
         journal: Arc::new(journal),
         boot_id,
         events: EventBus::new(),

@@ -194,6 +194,8 @@ impl<D: Destination> IncomingStream<D> {
     }
 
     fn acknowledge(&mut self, sequence: u64, iteration: u32) -> Result<(), StreamError> {
+        // Whether or not the sender gets to hear it.
+        self.assembly.applied(self.index, sequence);
         let ack = Ack {
             epoch: self.assembly.epoch(),
             sequence,
