@@ -58,6 +58,12 @@ impl Mapping {
         Ok(Arc::new(Self { base, len, access }))
     }
 
+    /// What it is for.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
     /// Mapped bytes.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -10,6 +10,7 @@ mod commands;
 mod crew;
 mod debt;
 mod error;
+mod populate;
 mod registry;
 mod resolve;
 mod standstill;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
@@ -15,6 +16,8 @@ use crate::name::Name;
 use crate::pages::PageSet;
 use crate::region::Region;
 
+use super::populate::{Populated, Populator};
+
 /// A Region as it was added.
 #[derive(Debug, Clone)]
 pub(super) struct Registered {
@@ -24,6 +27,7 @@ pub(super) struct Registered {
     tracker: TrackerConfig,
     pub(super) freeze: FreezeConfig,
     pub(super) freezer: Freezer,
+    populated: Populated,
     hold: Hold,
 }
 
@@ -105,6 +109,7 @@ pub(super) struct Claim {
 #[derive(Debug, Default)]
 pub(super) struct Registry {
     regions: BTreeMap<Name, Registered>,
+    populator: Populator,
     claims: u64,
 }
 
@@ -146,8 +151,10 @@ impl Registry {
                 Freezer::Pid(Arc::new(process))
             }
         };
+        let region = Arc::new(region);
         let registered = Registered {
-            region: Arc::new(region),
+            populated: self.populator.add(&region),
+            region,
             tracking,
             tracker,
             freeze,
@@ -293,6 +300,7 @@ impl Registry {
                 "name": name,
                 "size": region.bytes(),
                 "allocated": region.allocated_bytes().unwrap_or(0),
+                "populated": registered.populated.load(Ordering::Relaxed),
                 "page-size": region.page_size(),
                 "path": region.origin(),
                 "tracker": registered.tracker,

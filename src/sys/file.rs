@@ -3,12 +3,13 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::ptr::NonNull;
 
 use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, madvise};
 use nix::unistd::{Whence, lseek64};
 
-use crate::region::Mapping;
+use crate::region::{Access, Mapping, Span};
 
 /// The next byte at or after `offset` that is (`data`) or is not allocated. `None`: there is none
 /// before the end. Moves the descriptor's file position, which nothing of ours uses.
@@ -33,5 +34,20 @@ pub fn advise_huge_pages(mapping: &Mapping) {
         // SAFETY: the range is exactly the mapping's own, alive while it is borrowed, and the advice
         // changes no content.
         let _ = unsafe { madvise(base, mapping.len(), MmapAdvise::MADV_HUGEPAGE) };
+    }
+}
+
+/// Fills the page tables for `span` in one call instead of a fault per page, and allocates what is a
+/// hole of it. Best effort: where the kernel cannot (before 5.14, or for want of memory), touching the
+/// pages does it, or says why not.
+pub fn populate(span: &Span<'_>, access: Access) {
+    let advice = match access {
+        Access::Read => MmapAdvise::MADV_POPULATE_READ,
+        Access::Write => MmapAdvise::MADV_POPULATE_WRITE,
+    };
+    if let Some(base) = NonNull::new(span.base().cast_mut().cast()) {
+        // SAFETY: whoever made the span established that its addresses stay mapped while it is
+        // borrowed, and populating changes no content.
+        let _ = unsafe { madvise(base, span.len(), advice) };
     }
 }
