@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 pub mod args;
+mod bench;
 mod demo;
 pub mod exit;
 mod interrupts;
@@ -16,6 +17,7 @@ mod migrate;
 pub mod output;
 pub mod progress;
 mod region;
+mod stage;
 mod status;
 mod workload;
 
@@ -45,6 +47,7 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
         Command::Sender(args) => return daemon(crate::sender::run(&args.config)),
         Command::Receiver(args) => return daemon(crate::receiver::run(&args.config)),
         Command::Demo(args) => return demo::run(&args),
+        Command::Bench(args) => return bench::run(&args),
         Command::Workload(args) => return workload::run(args),
         Command::Guardian(args) => return guardian(&args),
         Command::Check(args) => return check(&args.file),
