@@ -16,10 +16,34 @@ use serde::{Deserialize, Serialize};
 
 use crate::freeze::StoppedProcess;
 use crate::journal::{self, CommitSent, Journal};
+use crate::name::Name;
 use crate::wire::{BootId, Hex128};
 
 /// Notes about processes that are to be stopped, beside the journal of commits.
 const NOTES: &str = "frozen";
+
+/// Notes about attempts whose writers were asked to stop themselves.
+const ASKED: &str = "asked";
+
+/// An attempt whose writers stop themselves, and the Regions that are theirs. Nobody can make them go
+/// on: they do when their connection ends, or come back and ask the next sender.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asked {
+    /// The attempt's id.
+    pub id: Name,
+    /// Regions of clients; none if no client was asked.
+    pub regions: Vec<Name>,
+}
+
+/// The same as a note.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct AskedNote {
+    nonce: Hex128,
+    boot_id: BootId,
+    id: Name,
+    regions: Vec<Name>,
+}
 
 /// What is written down before processes are stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +59,7 @@ struct Note {
 pub struct Guardian {
     runtime_directory: PathBuf,
     notes: Journal,
+    asked: Journal,
     boot_id: BootId,
     child: Option<Child>,
 }
@@ -47,6 +72,7 @@ impl Guardian {
         let mut guardian = Self {
             runtime_directory: runtime_directory.to_owned(),
             notes: Journal::open(&runtime_directory.join(NOTES))?,
+            asked: Journal::open(&runtime_directory.join(ASKED))?,
             boot_id: journal::boot_id()?,
             child: None,
         };
@@ -73,9 +99,41 @@ impl Guardian {
         Ok(())
     }
 
-    /// Writes down what is about to be stopped for an attempt.
-    pub fn note(&mut self, nonce: Hex128, stopped: Vec<StoppedProcess>) -> io::Result<()> {
+    /// Attempts that an earlier sender left without a commit while writers stood still by themselves.
+    /// They are told of once.
+    pub fn given_up(&mut self) -> io::Result<Vec<Asked>> {
+        let commits = Journal::at(&self.runtime_directory);
+        let mut given_up = Vec::new();
+        for note in self.asked.all::<AskedNote>()? {
+            let committed = commits.find::<CommitSent>(note.nonce)?.is_some();
+            if !committed && note.boot_id == self.boot_id {
+                given_up.push(Asked {
+                    id: note.id,
+                    regions: note.regions,
+                });
+            }
+            self.asked.remove(note.nonce)?;
+        }
+        Ok(given_up)
+    }
+
+    /// Writes down what is about to be stopped for an attempt, and who is asked to stop.
+    pub fn note(
+        &mut self,
+        nonce: Hex128,
+        stopped: Vec<StoppedProcess>,
+        asked: Asked,
+    ) -> io::Result<()> {
         self.watch()?;
+        if !asked.regions.is_empty() {
+            let note = AskedNote {
+                nonce,
+                boot_id: self.boot_id.clone(),
+                id: asked.id,
+                regions: asked.regions,
+            };
+            self.asked.decide(nonce, note)?;
+        }
         let note = Note {
             nonce,
             boot_id: self.boot_id.clone(),
@@ -86,10 +144,12 @@ impl Guardian {
 
     /// Takes the note back: the processes go on, or the commit is recorded.
     pub fn forget(&self, nonce: Hex128) {
-        if let Err(error) = self.notes.remove(nonce)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(%nonce, %error, "cannot remove the note about a stopped process");
+        for notes in [&self.notes, &self.asked] {
+            if let Err(error) = notes.remove(nonce)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!(%nonce, %error, "cannot remove the note about a stopped writer");
+            }
         }
     }
 }

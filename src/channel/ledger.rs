@@ -86,12 +86,31 @@ impl Ledger {
         self.since_flush.copied += 1;
     }
 
+    /// The number [`Ledger::lend`] will give next.
+    #[must_use]
+    pub fn next_id(&self) -> u32 {
+        low_half(self.next)
+    }
+
     /// The kernel reports the sends `lo..=hi` (wrapping) as released; `copied` says that it copied at
     /// least one of them after all.
     ///
     /// On an error nothing has changed. The cost depends on the ranges that came out of order, never
     /// on `hi - lo`.
     pub fn released(&mut self, lo: u32, hi: u32, copied: bool) -> Result<(), LedgerError> {
+        let fresh = self.take(lo, hi)?;
+        self.since_flush.sends += fresh;
+        self.since_flush.copied += if copied { fresh } else { 0 };
+        Ok(())
+    }
+
+    /// The memory of a send that failed is back. It carried nothing, so it is not counted.
+    pub fn forgiven(&mut self, id: u32) -> Result<(), LedgerError> {
+        self.take(id, id).map(|_| ())
+    }
+
+    /// Takes `lo..=hi` (wrapping) off the loans, and says how many that are.
+    fn take(&mut self, lo: u32, hi: u32) -> Result<u64, LedgerError> {
         let oldest = low_half(self.oldest);
         let error = LedgerError {
             lo,
@@ -113,9 +132,7 @@ impl Ledger {
         }
         let fresh = end - start;
         self.outstanding -= fresh;
-        self.since_flush.sends += fresh;
-        self.since_flush.copied += if copied { fresh } else { 0 };
-        Ok(())
+        Ok(fresh)
     }
 
     /// `oldest..end` is back. `None`, without a change, if part of it was already.

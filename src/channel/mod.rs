@@ -6,24 +6,34 @@
 //! The rule this module keeps (rule 1): between lending a Span and the `flush` that covers it, the
 //! memory stays mapped. *When* to flush is the stream's business.
 
+mod budget;
 mod buffer;
 mod command;
+mod copies;
+mod engine;
 #[cfg(test)]
 pub(crate) mod fake;
 mod file;
 pub mod ledger;
 mod loans;
+mod registered;
 mod socket;
 #[cfg(test)]
 mod socket_tests;
 #[cfg(test)]
 pub(crate) mod suite;
+mod uring;
+#[cfg(test)]
+mod uring_tests;
 mod wait;
 
+pub use budget::{memlock_limit, share};
 pub use buffer::BufferChannel;
 pub use command::CommandChannel;
+pub use engine::{Engine, Opened, Trial, open, trial};
 pub use file::FileChannel;
 pub use socket::SocketChannel;
+pub use uring::UringChannel;
 
 use std::fmt;
 use std::io;
@@ -42,6 +52,16 @@ impl WriteFlags {
     pub const NONE: Self = Self(0);
     /// Lend the memory to the kernel instead of copying it; it must not be reused before `flush`.
     pub const ZERO_COPY: Self = Self(1);
+    /// With `ZERO_COPY`: what the channel has registered may be sent from the registration. Registered
+    /// pages are those the file had then: where a hole was punched since, they are not the file's any
+    /// more. So only where that cannot be, or is found out.
+    pub const REGISTERED: Self = Self(2);
+
+    /// Both sets together.
+    #[must_use]
+    pub const fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 
     /// Whether all of `other` is set.
     #[must_use]
@@ -190,6 +210,18 @@ pub trait Channel: Send + fmt::Debug {
 
     /// Ends the channel, or one direction of it.
     fn shutdown(&mut self, how: Shutdown) -> io::Result<()>;
+
+    /// Zero-copy sends that are back, since the channel was made. Does not look for new ones.
+    fn released(&self) -> Flush {
+        Flush::NOTHING_OWED
+    }
+
+    /// What keeps zero copy from working as it was asked for, in words for an operator; `None` if
+    /// nothing does. Where the kernel has copied every send, the reason as far as it can be found.
+    fn zero_copy_trouble(&self, all_copied: bool) -> Option<String> {
+        let _ = all_copied;
+        None
+    }
 
     /// Bytes accepted from us that the peer's kernel has not confirmed, where that can be known. A
     /// falling number is progress on a slow link.

@@ -13,10 +13,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::socket::{self, setsockopt, sockopt::TcpNoDelay};
+use nix::sys::socket::{
+    self, setsockopt,
+    sockopt::{SndBuf, TcpNoDelay},
+};
 
+use super::copies;
 use super::loans::Loans;
-use super::wait::{self, Stall};
+use super::wait::{self, GONE, Stall};
 use super::{
     Channel, Features, Flush, Patience, Shutdown, Woken, WriteFlags, refuse_descriptors,
     refuse_loan,
@@ -28,28 +32,14 @@ use crate::sys::wake::Wake;
 
 /// Smallest piece that is still lent when the kernel refuses to pin more, in bytes. Pinning and the
 /// notice cost as much as copying this much.
-const LEND_BYTES_MIN: usize = 64 * 1024;
+pub(super) const LEND_BYTES_MIN: usize = 64 * 1024;
 
 /// How long a dropped channel waits for its memory after the reset.
-const DROP_PATIENCE: Duration = Duration::from_millis(100);
+pub(super) const DROP_PATIENCE: Duration = Duration::from_millis(100);
 
 /// Pauses between looks at the error queue of a socket that can no longer be polled.
-const PAUSE_MIN: Duration = Duration::from_millis(1);
+pub(super) const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(20);
-
-/// Answers of a socket whose connection is gone. Others (`EFAULT`, `ENOMEM`) are about one call.
-const GONE: [Errno; 10] = [
-    Errno::ECONNRESET,
-    Errno::EPIPE,
-    Errno::ETIMEDOUT,
-    Errno::ENOTCONN,
-    Errno::ECONNABORTED,
-    Errno::ECONNREFUSED,
-    Errno::EHOSTUNREACH,
-    Errno::ENETUNREACH,
-    Errno::EHOSTDOWN,
-    Errno::ENETDOWN,
-];
 
 /// A [`Channel`] over a connected stream socket.
 ///
@@ -57,8 +47,8 @@ const GONE: [Errno; 10] = [
 /// first if the data matters.
 #[derive(Debug)]
 pub struct SocketChannel {
-    fd: OwnedFd,
-    patience: Patience,
+    pub(super) fd: OwnedFd,
+    pub(super) patience: Patience,
     features: Features,
     is_tcp: bool,
     zero_copy_refusal: Option<Cow<'static, str>>,
@@ -66,11 +56,15 @@ pub struct SocketChannel {
     iov: IovBuf,
     /// Largest piece to lend, lowered when the kernel refuses and tried anew after each flush.
     lend_bytes_max: usize,
+    /// Where that starts anew.
+    lend_bytes_cap: usize,
     copied_by_us_bytes: u64,
+    /// Times the kernel would not pin what was to be lent.
+    refusals: u64,
     /// What ended the connection. Remembered, because the kernel tells it once.
-    lost: Option<Errno>,
+    pub(super) lost: Option<Errno>,
     /// We threw the connection away ourselves.
-    is_reset: bool,
+    pub(super) is_reset: bool,
 }
 
 impl SocketChannel {
@@ -91,7 +85,7 @@ impl SocketChannel {
         }
         let mut zero_copy_refusal = None;
         if zero_copy {
-            zero_copy_refusal = request_zero_copy(fd.as_fd(), family);
+            zero_copy_refusal = copies::request_zero_copy(fd.as_fd(), family);
             if zero_copy_refusal.is_none() {
                 features = features.with(Features::WRITE_ZERO_COPY);
             }
@@ -105,7 +99,9 @@ impl SocketChannel {
             loans: Loans::default(),
             iov: IovBuf::new(),
             lend_bytes_max: usize::MAX,
+            lend_bytes_cap: usize::MAX,
             copied_by_us_bytes: 0,
+            refusals: 0,
             lost: None,
             is_reset: false,
         })
@@ -124,13 +120,7 @@ impl SocketChannel {
         self.copied_by_us_bytes
     }
 
-    /// Zero-copy sends released and copied since the channel was made.
-    #[must_use]
-    pub fn totals(&self) -> Flush {
-        self.loans.totals()
-    }
-
-    /// Zero-copy sends whose memory is not back.
+    /// Zero-copy sends not back.
     #[must_use]
     pub fn outstanding(&self) -> u64 {
         self.loans.outstanding()
@@ -146,6 +136,15 @@ impl SocketChannel {
     #[cfg(test)]
     pub(super) fn lend_for_ever(&mut self) {
         self.loans.lend();
+    }
+
+    /// Keeps what is on loan below about `bytes`: the kernel charges a call's whole length while it is
+    /// under way, and what the socket queues until it is acknowledged.
+    pub fn limit_loans(&mut self, bytes: usize) -> io::Result<()> {
+        self.lend_bytes_cap = (bytes / 4).max(LEND_BYTES_MIN);
+        self.lend_bytes_max = self.lend_bytes_cap;
+        // The kernel doubles the number.
+        Ok(setsockopt(&self.fd, SndBuf, &(bytes / 4))?)
     }
 
     /// Sends some of `iov`, at most `limit` bytes, waiting while the socket is full.
@@ -195,6 +194,7 @@ impl SocketChannel {
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
                 Err(error) => return Err(error),
             }
+            self.refusals += 1;
             if self.loans.reap(self.fd.as_fd())? {
                 continue;
             }
@@ -217,7 +217,12 @@ impl SocketChannel {
 
     /// Waits until one of `events` shows or the connection hangs up, and takes notices meanwhile.
     /// `stall` lives as long as the caller's whole wait.
-    fn wait(&mut self, events: PollFlags, stall: &mut Option<Stall>, what: &str) -> io::Result<()> {
+    pub(super) fn wait(
+        &mut self,
+        events: PollFlags,
+        stall: &mut Option<Stall>,
+        what: &str,
+    ) -> io::Result<()> {
         let timeout = self.patience.stall_timeout;
         let queued = self.queued_bytes();
         let called_again = stall.is_some();
@@ -313,7 +318,7 @@ impl SocketChannel {
     }
 
     /// Remembers the first error that says the connection is gone, and returns it from then on.
-    fn note_loss(&mut self, error: io::Error) -> io::Error {
+    pub(super) fn note_loss(&mut self, error: io::Error) -> io::Error {
         let errno = error.raw_os_error().map(Errno::from_raw);
         match errno.filter(|errno| GONE.contains(errno)) {
             Some(errno) => (*self.lost.get_or_insert(errno)).into(),
@@ -330,19 +335,6 @@ enum Cause {
     Released,
     /// An error that went away by itself, or a foreign message on the error queue.
     Unknown,
-}
-
-/// Asks for zero copy; if it cannot be had, says why.
-fn request_zero_copy(fd: BorrowedFd<'_>, family: libc::c_int) -> Option<Cow<'static, str>> {
-    match family {
-        libc::AF_UNIX => Some("AF_UNIX sockets cannot send from user pages".into()),
-        // Linux 6.7 to 7.0 report memory released while later parts of the same send still use it.
-        libc::AF_VSOCK => Some("vsock sockets of some kernels release memory too early".into()),
-        _ => match errqueue::allow_zero_copy(fd) {
-            Ok(()) => None,
-            Err(error) => Some(format!("the kernel refused SO_ZEROCOPY: {error}").into()),
-        },
-    }
 }
 
 impl Channel for SocketChannel {
@@ -428,7 +420,7 @@ impl Channel for SocketChannel {
             self.note_loss(error);
         }
         let counts = self.loans.settle();
-        self.lend_bytes_max = usize::MAX;
+        self.lend_bytes_max = self.lend_bytes_cap;
         match self.lost {
             Some(errno) if !self.is_reset => Err(errno.into()),
             _ => Ok(counts),
@@ -457,6 +449,14 @@ impl Channel for SocketChannel {
             Err(Errno::ENOTCONN) if self.is_reset || self.lost.is_some() => Ok(()),
             result => Ok(result?),
         }
+    }
+
+    fn released(&self) -> Flush {
+        self.loans.totals()
+    }
+
+    fn zero_copy_trouble(&self, all_copied: bool) -> Option<String> {
+        copies::trouble(self.fd.as_fd(), self.refusals > 0, all_copied)
     }
 
     fn queued_bytes(&self) -> Option<u64> {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -20,11 +21,11 @@ use super::{
 use crate::region::{Span, SpanMut};
 
 /// More than the buffers of both ends hold.
-const MUCH: usize = 8 << 20;
+pub(super) const MUCH: usize = 8 << 20;
 
-const SHORT: Duration = Duration::from_millis(50);
+pub(super) const SHORT: Duration = Duration::from_millis(50);
 
-fn impatient() -> Patience {
+pub(super) fn impatient() -> Patience {
     Patience {
         stall_timeout: SHORT,
         ..patience()
@@ -52,7 +53,7 @@ fn with_loans(memory: &Memory, address: &str) -> (SocketChannel, OwnedFd, usize)
 }
 
 /// Ends the connection by RST.
-fn reset(far: OwnedFd) {
+pub(super) fn reset(far: OwnedFd) {
     let linger = libc::linger {
         l_onoff: 1,
         l_linger: 0,
@@ -62,7 +63,7 @@ fn reset(far: OwnedFd) {
 }
 
 /// CPU time of this thread.
-fn cpu_time() -> Duration {
+pub(super) fn cpu_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
         .unwrap()
         .into()
@@ -310,7 +311,7 @@ fn memory_overwritten_after_a_flush_never_reaches_the_peer() {
                 sends.copied += flush.copied;
             }
             assert!(reader.join().unwrap() == bytes);
-            assert_eq!(near.totals(), sends);
+            assert_eq!(near.released(), sends);
         });
     }
 }
@@ -347,11 +348,11 @@ fn sends_under_a_small_memlock_limit() {
     });
 }
 
-#[test]
-fn a_small_memlock_limit_splits_or_copies_and_says_so() {
+/// Runs the ignored test `helper` as a user of its own who may pin `limit_bytes`; its output.
+pub(super) fn run_under_memlock(helper: &str, limit_bytes: usize) -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
         println!("skipped: only root can become a user with a memlock limit");
-        return;
+        return None;
     }
     // By descriptor: the other user may not be able to walk to the file.
     let exe = File::open(std::env::current_exe().unwrap()).unwrap();
@@ -360,24 +361,33 @@ fn a_small_memlock_limit_splits_or_copies_and_says_so() {
         nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()),
     )
     .unwrap();
-    // The limit is per user, so a user of our own: another run must not use it up.
-    let user = 2_000_000_000 + std::process::id();
+    // The limit is per user, so a user of its own: another run must not use it up.
+    static USERS: AtomicU32 = AtomicU32::new(0);
+    let user = 2_000_000_000 + std::process::id() * 8 + USERS.fetch_add(1, Ordering::Relaxed);
+    let output = Command::new("prlimit")
+        .arg(format!("--memlock={limit_bytes}"))
+        .args(["setpriv", "--clear-groups", "--regid=65534"])
+        .arg(format!("--reuid={user}"))
+        .arg(format!("/proc/self/fd/{}", exe.as_raw_fd()))
+        .args([helper, "--exact", "--ignored", "--nocapture"])
+        .current_dir("/")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Some(text.into_owned())
+}
+
+#[test]
+fn a_small_memlock_limit_splits_or_copies_and_says_so() {
     for (limit_bytes, copied) in [(8 * 1024, MUCH), (512 * 1024, 0)] {
-        let output = Command::new("prlimit")
-            .arg(format!("--memlock={limit_bytes}"))
-            .args(["setpriv", "--clear-groups", "--regid=65534"])
-            .arg(format!("--reuid={user}"))
-            .arg(format!("/proc/self/fd/{}", exe.as_raw_fd()))
-            .args([HELPER, "--exact", "--ignored", "--nocapture"])
-            .current_dir("/")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(
-            output.status.success(),
-            "{text}{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let Some(text) = run_under_memlock(HELPER, limit_bytes) else {
+            return;
+        };
         assert!(
             text.contains(&format!("copied-by-us={copied}\n")),
             "{limit_bytes}: {text}"

@@ -16,7 +16,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use super::fake::{FakeChannel, Script, Step};
 use super::{
     BufferChannel, Channel, CommandChannel, Features, FileChannel, Flush, Patience, Shutdown,
-    SocketChannel, WriteFlags, read_exact_into, writev_all,
+    SocketChannel, UringChannel, WriteFlags, read_exact_into, writev_all,
 };
 use crate::region::{Access, Mapping, Span, SpanMut};
 use crate::sys::wake::Wake;
@@ -27,7 +27,7 @@ const PIECE_BYTES: usize = 4194;
 
 /// A region as another process would have it: a file, and our mapping of it.
 pub(crate) struct Memory {
-    file: File,
+    pub(crate) file: File,
     pub(crate) mapping: Arc<Mapping>,
 }
 
@@ -129,6 +129,21 @@ impl Ends {
 
     fn tcp_v6() -> Self {
         Self::sockets(tcp_pair("::1"))
+    }
+
+    fn uring((near, far): (OwnedFd, OwnedFd)) -> Self {
+        Self::Live(
+            Box::new(UringChannel::new(near, patience(), Vec::new()).unwrap()),
+            Box::new(SocketChannel::new(far, patience(), false).unwrap()),
+        )
+    }
+
+    fn tcp_v4_uring() -> Self {
+        Self::uring(tcp_pair("127.0.0.1"))
+    }
+
+    fn tcp_v6_uring() -> Self {
+        Self::uring(tcp_pair("::1"))
     }
 
     fn unix() -> Self {
@@ -327,4 +342,4 @@ macro_rules! suite {
     )* };
 }
 
-suite!(tcp_v4 tcp_v6 unix pipe file buffer command fake);
+suite!(tcp_v4 tcp_v6 tcp_v4_uring tcp_v6_uring unix pipe file buffer command fake);

@@ -1,5 +1,6 @@
 //! What is typed: the verbs, their arguments, and their help texts. Nothing is decided here.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -7,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::config::units::{Rate, Size};
 use crate::name::Name;
+use crate::workload::{Pattern, TrackerChoice};
 
 /// Where a sender listens unless told otherwise.
 pub const SOCKET_DEFAULT: &str = "/run/memferry/sender.sock";
@@ -55,10 +57,19 @@ pub enum Command {
     Status(StatusArgs),
     /// Cancel a transfer: the latest, or the one with this id. The source keeps running.
     Cancel(CancelArgs),
+    /// Say on behalf of writers that stop themselves that they stand still, and stay so.
+    ///
+    /// For a transfer in `pre-switchover` whose writers (freeze `client`) were stopped by hand.
+    Continue(ContinueArgs),
     /// Say who owns the Regions of an indeterminate transfer, when the receiver cannot.
     ///
     /// Look at the destination first: if it runs there and you say `source`, it runs twice.
     Resolve(ResolveArgs),
+    /// Show the transfers of a daemon that have ended, also before its last restart.
+    History(HistoryArgs),
+    /// Write the final blob of a transfer, such as a machine's device state, to standard output. Of a
+    /// receiver: name its socket.
+    Blob(BlobArgs),
     /// Show the whole job on this host: receiver, sender and a busy writer, then compare every byte.
     Demo(DemoArgs),
     /// Measure this machine: transfers between real daemons, beside a loop that does nothing but move bytes.
@@ -67,12 +78,18 @@ pub enum Command {
     Bench(BenchArgs),
     /// Run a writer that stamps pages at a steady rate and can be frozen; for trying things out.
     Workload(WorkloadArgs),
+    /// Compare memory that a workload wrote with the account it kept, and name the writes that are lost.
+    Verify(VerifyArgs),
     /// Let writers go on that a sender which has died had stopped. The sender starts it by itself, and
     /// its unit runs it once more after the end.
     #[command(hide = true)]
     Guardian(GuardianArgs),
     /// Check a configuration file, and whether this machine can do what it asks for.
     Check(CheckArgs),
+    /// Show what this machine allows, and what to do about the rest. Exits with 1 if nothing can lend.
+    ///
+    /// Zero-copy engines are tried, not looked up.
+    Doctor(DoctorArgs),
 }
 
 /// Arguments of the daemons.
@@ -93,6 +110,8 @@ pub enum RegionCommand {
         /// Name of the Region.
         name: Name,
     },
+    /// Take a Region that was committed from a receiver, once. Its file stays under its name.
+    Take(TakeArgs),
     /// List the Regions.
     List {
         /// Print the daemon's answer as one line of JSON.
@@ -115,6 +134,45 @@ pub struct RegionAddArgs {
     /// How the writer is stopped for the last pass: none, or pid=NUMBER to stop that process.
     #[arg(long, value_name = "KIND[=ARG]", value_parser = parse_freeze)]
     pub freeze: Option<Freeze>,
+}
+
+/// Arguments of `memferry region take`.
+#[derive(Debug, Args)]
+pub struct TakeArgs {
+    /// Name of the Region.
+    pub name: Name,
+    /// Copy it to this new file.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Run this command instead, with the memory open as the descriptor MEMFERRY_REGION_FD.
+    #[arg(
+        last = true,
+        value_name = "COMMAND",
+        required_unless_present = "output",
+        conflicts_with = "output"
+    )]
+    pub command: Vec<OsString>,
+}
+
+/// Arguments of `memferry blob`.
+#[derive(Debug, Args)]
+pub struct BlobArgs {
+    /// Id of the transfer.
+    pub id: Name,
+    /// Write it to this new file instead.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Delete it at the receiver once it is written.
+    #[arg(long)]
+    pub delete: bool,
+}
+
+/// Arguments of `memferry history`.
+#[derive(Debug, Args)]
+pub struct HistoryArgs {
+    /// Print the daemon's answer as one line of JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How changed pages are found.
@@ -206,6 +264,13 @@ pub struct CancelArgs {
     pub id: Option<Name>,
 }
 
+/// Arguments of `memferry continue`.
+#[derive(Debug, Args)]
+pub struct ContinueArgs {
+    /// Id of the transfer.
+    pub id: Option<Name>,
+}
+
 /// Arguments of `memferry resolve`.
 #[derive(Debug, Args)]
 pub struct ResolveArgs {
@@ -239,7 +304,7 @@ pub struct DemoArgs {
     /// How much of the Region the writer writes to.
     #[arg(long, default_value = "128MiB", value_name = "SIZE")]
     pub working_set: Size,
-    /// Zero-copy engine: auto, msg-zerocopy or off.
+    /// Zero-copy engine: auto, msg-zerocopy, io-uring, io-uring-fixed or off.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub zero_copy: String,
     /// End standard output with one line of JSON: the final state, and what the comparison found.
@@ -282,12 +347,34 @@ pub struct WorkloadArgs {
     /// File to keep the memory in; without it, memory without a name.
     #[arg(long, value_name = "FILE")]
     pub path: Option<PathBuf>,
+    /// In which order pages are written.
+    #[arg(long, value_enum, value_name = "PATTERN", default_value_t)]
+    pub pattern: Pattern,
+    /// Have the memory in huge pages; says how much of it is.
+    #[arg(long)]
+    pub huge_pages: bool,
+    /// File for an account of the newest write of every page, for `memferry verify`.
+    #[arg(long, value_name = "FILE")]
+    pub account: Option<PathBuf>,
     /// Control socket of the sender to register the memory with.
     #[arg(long, value_name = "SOCKET", requires = "name")]
     pub register: Option<PathBuf>,
     /// Name of the Region to register.
     #[arg(long, requires = "register")]
     pub name: Option<Name>,
+    /// How the sender finds what is written; by default pagemap where the kernel can, else scan.
+    #[arg(long, value_enum, value_name = "KIND", requires = "register")]
+    pub tracker: Option<TrackerChoice>,
+}
+
+/// Arguments of `memferry verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The memory, or what has arrived of it.
+    pub file: PathBuf,
+    /// The account that its workload kept, which must not be writing now.
+    #[arg(long, value_name = "FILE")]
+    pub account: PathBuf,
 }
 
 /// Arguments of `memferry guardian`.
@@ -307,12 +394,23 @@ pub struct CheckArgs {
     pub file: PathBuf,
 }
 
+/// Arguments of `memferry doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Directory that a receiver is to use.
+    #[arg(long, value_name = "DIRECTORY", default_value = "/dev/shm")]
+    pub directory: PathBuf,
+    /// Print one line of JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `KEY=VALUE`: a number or true/false as such, everything else as text. The daemon knows the keys.
 fn parse_setting(text: &str) -> Result<(String, Value), String> {
     let Some((key, value)) = text.split_once('=').filter(|(key, _)| !key.is_empty()) else {
         return Err("write it as KEY=VALUE".into());
     };
-    if ["uri", "id", "regions", "dry-run"].contains(&key) {
+    if ["uri", "id", "regions", "dry-run", "final-fdname"].contains(&key) {
         return Err(format!("{key} has an argument of its own"));
     }
     let parsed = serde_json::from_str(value)

@@ -1,4 +1,4 @@
-//! `memferry migrate` and `memferry cancel`: start a transfer, show it, wait for its end.
+//! `memferry migrate`, `cancel`, `continue` and `resolve`: start a transfer, show it, wait for its end.
 //!
 //! The daemon moves the memory whether or not anyone watches. Losing the daemon while waiting therefore
 //! says nothing about the transfer: exit code 3, and `memferry status` tells once the daemon is back.
@@ -78,6 +78,13 @@ pub(super) fn run(socket: &Path, args: &MigrateArgs) -> Result<Exit, ClientError
 pub(super) fn cancel(socket: &Path, id: Option<&str>) -> Result<(), ClientError> {
     let mut connection = Connection::connect(socket)?;
     connection.execute("migrate_cancel", query(id)).map(|_| ())
+}
+
+pub(super) fn go_on(socket: &Path, id: Option<&str>) -> Result<(), ClientError> {
+    let mut connection = Connection::connect(socket)?;
+    let mut order = query(id);
+    order["state"] = json!("pre-switchover");
+    connection.execute("migrate-continue", order).map(|_| ())
 }
 
 pub(super) fn resolve(socket: &Path, args: &ResolveArgs) -> Result<(), ClientError> {

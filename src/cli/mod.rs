@@ -11,7 +11,9 @@ use clap::Parser;
 pub mod args;
 mod bench;
 mod demo;
+mod doctor;
 pub mod exit;
+mod history;
 mod interrupts;
 mod migrate;
 pub mod output;
@@ -19,6 +21,7 @@ pub mod progress;
 mod region;
 mod stage;
 mod status;
+mod take;
 mod workload;
 
 use args::{Cli, Command};
@@ -36,11 +39,17 @@ pub fn run() -> ExitCode {
 
 fn dispatch(socket: &Path, command: Command) -> Exit {
     let done = match command {
-        Command::Region(command) => region::run(socket, &command).map(|()| Exit::Done),
+        Command::Region(command) => region::run(socket, &command),
+        Command::Blob(args) => take::blob(socket, &args),
+        Command::History(args) => history::run(socket, &args).map(|()| Exit::Done),
         Command::Status(args) => status::run(socket, &args).map(|()| Exit::Done),
         Command::Cancel(args) => {
             let id = args.id.as_ref().map(|id| id.as_str());
             migrate::cancel(socket, id).map(|()| Exit::Done)
+        }
+        Command::Continue(args) => {
+            let id = args.id.as_ref().map(|id| id.as_str());
+            migrate::go_on(socket, id).map(|()| Exit::Done)
         }
         Command::Resolve(args) => migrate::resolve(socket, &args).map(|()| Exit::Done),
         Command::Migrate(args) => migrate::run(socket, &args),
@@ -49,8 +58,10 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
         Command::Demo(args) => return demo::run(&args),
         Command::Bench(args) => return bench::run(&args),
         Command::Workload(args) => return workload::run(args),
+        Command::Verify(args) => return workload::verify(&args),
         Command::Guardian(args) => return guardian(&args),
         Command::Check(args) => return check(&args.file),
+        Command::Doctor(args) => return doctor::run(&args),
     };
     done.unwrap_or_else(|error| {
         output::note(format_args!("memferry: {error}"));

@@ -5,6 +5,7 @@
 //! the arguments of `migrate`. Nothing here opens a socket or a Region; the file `check` looks at the machine.
 
 mod check;
+mod cpus;
 mod error;
 mod keys;
 mod receive;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::{Group, User, geteuid};
 
 pub use check::{Report, check_file};
+pub use cpus::{CpuList, CpuListError};
 pub use error::{ConfigError, Place, Problem, Warning};
 pub use receive::{
     HugePages, NamePattern, NamePatternError, PeerRange, PeerRangeError, ReceiveConfig,

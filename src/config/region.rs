@@ -51,12 +51,14 @@ pub enum TrackerConfig {
 
 /// How the writer is stopped. As JSON `{"kind": "pid", "pid": 123}`, `{"kind": "none"}` or `"none"`,
 /// in TOML the same ways; on the command line `none` or `pid=123`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
 pub enum FreezeConfig {
     /// Nothing writes.
     #[default]
     None,
+    /// It stops itself when it is asked to, over the connection that registered the Region.
+    Client,
     /// SIGSTOP to the process with this id, greater than 0.
     Pid(i32),
 }
@@ -112,6 +114,11 @@ pub enum KindError {
         /// What it takes.
         members: &'static str,
     },
+    /// Freeze `client` where no client registers anything.
+    #[error(
+        "freeze \"client\" is for a program that registers its own region over the control socket; here use \"none\" or \"pid=1234\""
+    )]
+    Client,
     /// A process id that is missing or none.
     #[error(
         "freeze \"pid\" needs the process id, a number greater than 0: write pid=1234 or {{kind = \"pid\", pid = 1234}}"
@@ -120,8 +127,8 @@ pub enum KindError {
 }
 
 const TRACKERS_SERVED: &str = "\"none\", \"scan\", \"pagemap\" and \"bitmap\"";
-const FREEZES_SERVED: &str = "\"none\" and \"pid=1234\"";
-const FREEZES_LATER: &[&str] = &["client", "cgroup", "command"];
+const FREEZES_SERVED: &str = "\"none\", \"client\" and \"pid=1234\"";
+const FREEZES_LATER: &[&str] = &["cgroup", "command"];
 
 /// Takes `kind` out of a text or an object; the rest of the object is returned with it.
 fn kind(
@@ -232,6 +239,7 @@ impl TryFrom<Value> for FreezeConfig {
         }
         match kind.as_str() {
             "none" => no_more(&members, "freeze", "none").map(|()| Self::None),
+            "client" => no_more(&members, "freeze", "client").map(|()| Self::Client),
             "pid" => {
                 let pid = members.remove("pid").and_then(|pid| pid.as_i64());
                 no_more(&members, "freeze", "pid")?;
@@ -267,6 +275,7 @@ impl From<FreezeConfig> for Value {
     fn from(freeze: FreezeConfig) -> Self {
         match freeze {
             FreezeConfig::None => json!({ "kind": "none" }),
+            FreezeConfig::Client => json!({ "kind": "client" }),
             FreezeConfig::Pid(pid) => json!({ "kind": "pid", "pid": pid }),
         }
     }
@@ -301,6 +310,7 @@ impl fmt::Display for FreezeConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::None => f.write_str("none"),
+            Self::Client => f.write_str("client"),
             Self::Pid(pid) => write!(f, "pid={pid}"),
         }
     }
@@ -339,7 +349,10 @@ pub(super) const KEYS: &[Key<RawRegion>] = &[
         name: "freeze",
         set: |to, given| {
             to.freeze = given.value.clone().try_into().map_err(Refusal::new)?;
-            Ok(())
+            match to.freeze {
+                FreezeConfig::Client => Err(Refusal::new(KindError::Client)),
+                _ => Ok(()),
+            }
         },
     },
 ];
@@ -368,9 +381,13 @@ mod tests {
 
     #[test]
     fn what_is_shown_reads_back_the_same() {
-        for freeze in [FreezeConfig::None, FreezeConfig::Pid(1234)] {
-            assert_eq!(freeze.to_string().parse(), Ok(freeze));
-            assert_eq!(Value::from(freeze).try_into(), Ok(freeze));
+        for freeze in [
+            FreezeConfig::None,
+            FreezeConfig::Client,
+            FreezeConfig::Pid(1234),
+        ] {
+            assert_eq!(freeze.to_string().parse(), Ok(freeze.clone()));
+            assert_eq!(Value::from(freeze.clone()).try_into(), Ok(freeze));
         }
         for tracker in [TrackerConfig::None, TrackerConfig::Scan] {
             assert_eq!(tracker.to_string().parse(), Ok(tracker.clone()));

@@ -148,7 +148,7 @@ fn every_mistake_has_its_line() {
         ("[transfer]\nstall-timeout = 10", 2),
         ("[transfer]\nmax-bandwidth = 300", 2),
         ("[transfer]\ncompression = \"zstd\"", 2),
-        ("[transfer]\ncpus = \"0-3\"", 2),
+        ("[transfer]\ncpus = \"3-0\"", 2),
         ("[tls]\n\ncertificate = \"x\"", 3),
         ("[metrics]\nlisten = \"tcp:127.0.0.1:9100\"", 2),
         ("[log]\nfilter = \"memferry=loud\"", 2),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
+use super::cpus::CpuList;
 use super::error::{ConfigError, Problem};
 use super::keys::{Choice, Key, Refusal, read_arguments};
 use super::units::{Interval, Size};
@@ -41,6 +42,8 @@ pub struct TransferParameters {
     pub stall_timeout: Duration,
     /// How long stopping the writer may take, and how long it may then wait for a lost connection.
     pub freeze_timeout: Duration,
+    /// On which CPUs the streams' threads run.
+    pub cpus: CpuList,
 }
 
 /// Which zero-copy engine to ask for.
@@ -140,6 +143,7 @@ impl Default for TransferParameters {
             recover_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(10),
             freeze_timeout: Duration::from_secs(5),
+            cpus: CpuList::default(),
         }
     }
 }
@@ -256,9 +260,9 @@ pub(super) const KEYS: &[Key<TransferParameters>] = &[
     },
     Key {
         name: "cpus",
-        set: |_, given| match given.text()? {
-            "" => Ok(()),
-            _ => Err(Refusal::not_served("\"\"")),
+        set: |to, given| {
+            to.cpus = given.text()?.parse().map_err(Refusal::new)?;
+            Ok(())
         },
     },
 ];
@@ -311,7 +315,7 @@ impl TransferParameters {
             ("stall-timeout", time(self.stall_timeout)),
             ("freeze-timeout", time(self.freeze_timeout)),
             ("compression", json!("off")),
-            ("cpus", json!("")),
+            ("cpus", json!(self.cpus.to_string())),
         ];
         let owned = members.map(|(key, value)| (key.to_owned(), value));
         owned.into_iter().collect()
@@ -352,6 +356,7 @@ mod tests {
             timeout: Some(Duration::from_secs(90)),
             zero_copy: ZeroCopyMode::IoUringFixed,
             window: 123_456_789,
+            cpus: "!0-1".parse().unwrap(),
             ..TransferParameters::default()
         };
         for _ in 0..2 {
@@ -402,7 +407,7 @@ mod tests {
             (json!({"stall-timeout": "1ms"}), "stall-timeout"),
             (json!({"zero-copy": "on"}), "zero-copy"),
             (json!({"compression": "zstd"}), "compression"),
-            (json!({"cpus": "0-3"}), "cpus"),
+            (json!({"cpus": "3-0"}), "cpus"),
         ] {
             let error = overridden(arguments.clone()).unwrap_err();
             assert_eq!(error.key(), Some(key), "{arguments}: {error}");

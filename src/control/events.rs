@@ -29,6 +29,11 @@ impl EventBus {
 
     /// Tells every client, stamped with the time of this call. A client that does not keep up misses it.
     pub fn publish(&self, name: &str, data: Value) {
+        self.publish_to_others(&[], name, data);
+    }
+
+    /// The same for every client but these.
+    pub fn publish_to_others(&self, but: &[ClientId], name: &str, data: Value) {
         let Some(line) = encode::event(name, data) else {
             tracing::warn!(
                 event = name,
@@ -36,8 +41,10 @@ impl EventBus {
             );
             return;
         };
-        for outbox in self.clients().values() {
-            outbox.offer(line.clone());
+        for (client, outbox) in self.clients().iter() {
+            if !but.contains(client) {
+                outbox.offer(line.clone());
+            }
         }
     }
 

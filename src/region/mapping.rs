@@ -20,6 +20,9 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 pub enum Access {
     /// A source: the kernel reads it, we never write it.
     Read,
+    /// A source that is to be pinned for longer than a call. The kernel pins only what it may write, so
+    /// it is mapped writable; nobody writes it.
+    Pin,
     /// A destination: the kernel places payload into it.
     Write,
 }
@@ -50,7 +53,7 @@ impl Mapping {
         };
         let prot = match access {
             Access::Read => ProtFlags::PROT_READ,
-            Access::Write => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+            Access::Pin | Access::Write => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
         };
         // SAFETY: the kernel chooses the address, so no existing mapping is replaced; the result is
         // owned by the returned value alone.
@@ -98,6 +101,12 @@ impl Mapping {
             owner: Some(self),
             slice: PhantomData,
         })
+    }
+
+    /// All of it, to be read by the kernel.
+    #[must_use]
+    pub fn whole(self: &Arc<Self>) -> Span<'_> {
+        self.span(0, self.len).expect("all of it is inside of it")
     }
 
     /// The bytes `offset..offset + len`, to be written by the kernel. `None` if that is not all inside,
@@ -191,6 +200,13 @@ impl<'a> Span<'a> {
     #[must_use]
     pub fn owner(&self) -> Option<&'a Arc<Mapping>> {
         self.owner
+    }
+
+    /// Where it starts in its owner, in bytes.
+    #[must_use]
+    pub fn offset(&self) -> Option<usize> {
+        let start = self.owner?.address()?.as_ptr() as usize;
+        Some(self.base as usize - start)
     }
 
     /// The same span without its first `n` bytes; empty if `n` is more than there are.

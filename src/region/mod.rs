@@ -9,7 +9,7 @@ mod mapping;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -227,6 +227,15 @@ impl Region {
         &self.mapping
     }
 
+    /// A second mapping of it, whose pages the kernel can pin for long (registered buffers): for a file
+    /// that may be opened for writing.
+    pub fn pinnable(&self) -> io::Result<Arc<Mapping>> {
+        // By way of /proc: a descriptor's own mode cannot be widened.
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        Mapping::new(&file, self.mapping.len(), Access::Pin)
+    }
+
     /// The memory of `range`, for the kernel to read.
     #[must_use]
     pub fn span(&self, range: PageRange) -> Span<'_> {
@@ -301,7 +310,8 @@ impl Region {
     /// Enters `range` into the page tables at once, instead of a fault for every page when it is sent or
     /// placed; and allocates what is a hole of it. Best effort.
     pub fn populate(&self, range: PageRange) {
-        sys::file::populate(&self.span(range), self.mapping.access());
+        // Whoever touches the pages meets the same error, and knows what it means.
+        let _ = sys::file::populate(&self.span(range), self.mapping.access());
     }
 
     /// That the file still has the length it had when the Region was made.

@@ -7,12 +7,13 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::config::{FreezeConfig, TrackerConfig};
-use crate::control::{Call, CommandError, CommandInfo, Commands, code};
+use crate::control::{Answer, Call, CommandError, CommandInfo, Commands, code};
 use crate::endpoint::Endpoint;
 use crate::name::Name;
 use crate::wire::{Hex128, Owner};
 
 use super::Sender;
+use super::clients::{Clients, Said};
 use super::registry::{self, Claim, Source};
 use super::status::Attempt;
 use super::transfer::{Order, Transfer};
@@ -27,8 +28,10 @@ const TABLE: &[CommandInfo] = &[
     command("query-regions", false),
     command("migrate", false),
     command("migrate_cancel", true),
+    command("migrate-continue", true),
     command("migrate-resolve", false),
     command("query-migrate", false),
+    command("query-history", false),
     command("query-status", false),
     command("quit", false),
 ];
@@ -69,6 +72,23 @@ struct OfAttempt {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+struct Continue {
+    id: Option<Name>,
+    state: Question,
+    /// Of the final blob.
+    fdname: Option<String>,
+}
+
+/// The states in which clients are asked something.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Question {
+    PreSwitchover,
+    Completing,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Resolve {
     id: Name,
     owner: Side,
@@ -89,10 +109,11 @@ struct Migrate {
     regions: Option<Vec<Name>>,
     #[serde(default)]
     dry_run: bool,
+    final_fdname: Option<String>,
 }
 
 /// The members of [`Migrate`]; whatever else `migrate` is given is a parameter.
-const MIGRATE_MEMBERS: [&str; 4] = ["uri", "id", "regions", "dry-run"];
+const MIGRATE_MEMBERS: [&str; 5] = ["uri", "id", "regions", "dry-run", "final-fdname"];
 
 impl SenderCommands {
     pub(super) fn new(sender: Arc<Sender>) -> Self {
@@ -108,12 +129,7 @@ impl SenderCommands {
                 ));
             }
             (Some(path), None) => Source::Path(path),
-            (None, Some(fdname)) => Source::Descriptor(call.fds.take(fdname).ok_or_else(|| {
-                CommandError::new(
-                    code::NO_DESCRIPTOR,
-                    format!("File descriptor named '{fdname}' has not been found"),
-                )
-            })?),
+            (None, Some(fdname)) => Source::Descriptor(call.take_fd(fdname)?),
             _ => return Err(invalid("region-add takes either 'path' or 'fdname'")),
         };
         let mut state = self.sender.lock();
@@ -122,7 +138,7 @@ impl SenderCommands {
             memory,
             add.tracker,
             add.freeze,
-            Some(&call.fds),
+            Some(call),
         )?;
         if let Err(error) = state.registry.check_page_size(&add.name, add.page_size) {
             state.registry.remove(&add.name)?;
@@ -140,7 +156,7 @@ impl SenderCommands {
             .partition(|(key, _)| MIGRATE_MEMBERS.contains(&key.as_str()));
         let migrate: Migrate = Call {
             arguments: members.into(),
-            ..call
+            ..call.clone()
         }
         .parse()?;
         let parameters = self.sender.parameters.with_overrides(&parameters);
@@ -153,6 +169,8 @@ impl SenderCommands {
             tracing::warn!(%endpoint, "memory goes over this connection in the clear");
         }
         let id = migrate.id.map_or_else(generated_id, Ok)?;
+        let final_blob = migrate.final_fdname.map(|name| call.take_fd(&name));
+        let final_blob = final_blob.transpose()?;
 
         let (attempt, claim, order) = {
             let mut state = self.sender.lock();
@@ -181,7 +199,15 @@ impl SenderCommands {
                 .iter()
                 .map(|registered| registered.region.bytes())
                 .sum();
-            let attempt = Attempt::new(id, names, total, parameters, self.sender.events.clone());
+            let clients = regions.iter().filter_map(|registered| {
+                Some((registered.client.clone()?, registered.region.name().clone()))
+            });
+            let clients = Clients::new(clients);
+            let (events, history) = (self.sender.events.clone(), self.sender.history.clone());
+            let attempt = Attempt::new(id, names, total, parameters, events, history, clients);
+            if let Some(fd) = final_blob {
+                attempt.give_final_blob(fd);
+            }
             let order = Order {
                 endpoint,
                 regions,
@@ -245,6 +271,38 @@ impl SenderCommands {
         }
     }
 
+    /// A client answers what it was asked by the event of this state.
+    fn go_on(&self, call: &Call) -> Result<Value, CommandError> {
+        let answer: Continue = call.parse()?;
+        let attempt = self.sender.attempt(answer.id.as_ref());
+        let attempt = attempt.ok_or_else(|| match &answer.id {
+            Some(id) => no_such(id),
+            None => CommandError::new("no-such-transfer", "There is no transfer"),
+        })?;
+        let said = match answer.state {
+            Question::PreSwitchover => Said::StandsStill,
+            Question::Completing => Said::HandsOver,
+        };
+        if let Some(name) = &answer.fdname {
+            // Before the answer counts: the blob is read as soon as all have answered.
+            let fd = call.take_fd(name)?;
+            if said != Said::StandsStill || !attempt.give_final_blob(fd) {
+                return Err(invalid(
+                    "A final blob comes once, and with the answer to pre-switchover",
+                ));
+            }
+        }
+        if attempt.answered(call.client, said) {
+            return Ok(json!({}));
+        }
+        let text = format!(
+            "'{}' does not wait for that: it is {}",
+            attempt.id,
+            attempt.status().as_str()
+        );
+        Err(CommandError::new("not-waiting", text))
+    }
+
     fn resolve(&self, resolve: &Resolve) -> Result<Value, CommandError> {
         let id = &resolve.id;
         let attempt = self.sender.attempt(Some(id)).ok_or_else(|| no_such(id))?;
@@ -276,8 +334,8 @@ impl Commands for SenderCommands {
         TABLE
     }
 
-    async fn execute(&self, call: Call) -> Result<Value, CommandError> {
-        match call.command.as_str() {
+    async fn execute(&self, call: Call) -> Result<Answer, CommandError> {
+        let answer = match call.command.as_str() {
             "region-add" => self.region_add(&call),
             "region-del" => {
                 let RegionDel { name } = call.parse()?;
@@ -290,8 +348,13 @@ impl Commands for SenderCommands {
             }
             "migrate" => self.migrate(call).await,
             "migrate_cancel" => self.cancel(call.parse::<OfAttempt>()?.id.as_ref()),
+            "migrate-continue" => self.go_on(&call),
             "migrate-resolve" => self.resolve(&call.parse()?),
             "query-migrate" => self.query_migrate(call.parse::<OfAttempt>()?.id.as_ref()),
+            "query-history" => {
+                let Nothing {} = call.parse()?;
+                Ok(self.sender.history.latest().into())
+            }
             "query-status" => {
                 let Nothing {} = call.parse()?;
                 Ok(json!({"status": "running", "running": true}))
@@ -302,7 +365,8 @@ impl Commands for SenderCommands {
                 Ok(json!({}))
             }
             other => unreachable!("{other} is not in the table"),
-        }
+        };
+        answer.map(Answer::from)
     }
 }
 

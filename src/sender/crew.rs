@@ -6,15 +6,20 @@ use std::sync::mpsc as jobs;
 use std::thread;
 use std::time::Duration;
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use tokio::sync::mpsc;
 
-use crate::channel::{Patience, SocketChannel};
-use crate::config::ZeroCopyMode;
+use crate::channel::{self, Engine, Opened, Patience, SocketChannel};
+use crate::config::{CpuList, ZeroCopyMode};
+use crate::dirty::Tracker;
 use crate::iteration::Plan;
 use crate::peer::{self, Connection};
 use crate::stats::StreamStats;
-use crate::stream::{Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, ZeroCopyWish};
+use crate::stream::{Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, Tell};
 use crate::sys::wake::Wake;
+
+use super::error::TransferError;
 
 /// A stream's thread, and the queue that holds its next job.
 #[derive(Debug)]
@@ -30,16 +35,19 @@ pub(super) struct Crew {
     reports: mpsc::UnboundedReceiver<Result<Report, StreamError>>,
     report: mpsc::UnboundedSender<Result<Report, StreamError>>,
     wake: Wake,
+    /// Where its threads run; `None` is anywhere.
+    cpus: Option<CpuSet>,
 }
 
 impl Crew {
-    pub(super) fn new(wake: Wake) -> Self {
+    pub(super) fn new(wake: Wake, cpus: Option<CpuSet>) -> Self {
         let (report, reports) = mpsc::unbounded_channel();
         Self {
             members: Vec::new(),
             reports,
             report,
             wake,
+            cpus,
         }
     }
 
@@ -49,27 +57,54 @@ impl Crew {
         connection: Connection,
         setup: StreamSetup,
         mode: ZeroCopyMode,
+        streams: u16,
         stats: Arc<StreamStats>,
+        tell: Tell,
     ) -> io::Result<()> {
         let index = u16::try_from(self.members.len()).expect("streams are limited to 256");
-        let wish = wish(mode);
         let patience = Patience {
             stall_timeout: setup.stall_timeout,
             wake: self.wake.clone(),
         };
-        let lend = !matches!(wish, ZeroCopyWish::Off(_));
-        let channel = SocketChannel::new(peer::into_descriptor(connection)?, patience, lend)?;
-        let wish = match channel.zero_copy_refusal() {
-            Some(reason) => ZeroCopyWish::Off(reason.to_owned()),
-            None => wish,
+        let fd = peer::into_descriptor(connection)?;
+        let wanted = match mode {
+            ZeroCopyMode::Off => None,
+            ZeroCopyMode::Auto => Some(None),
+            ZeroCopyMode::MsgZerocopy => Some(Some(Engine::MsgZerocopy)),
+            ZeroCopyMode::IoUring => Some(Some(Engine::IoUring)),
+            ZeroCopyMode::IoUringFixed => Some(Some(Engine::IoUringFixed)),
         };
-        let stream = OutgoingStream::new(index, Box::new(channel), setup, wish, stats);
+        let opened = match wanted {
+            None => Opened {
+                channel: Box::new(SocketChannel::new(fd, patience, false)?),
+                engine: None,
+                note: String::new(),
+            },
+            Some(wanted) => {
+                // What is never sent from a registration is not registered either.
+                let regions = setup
+                    .regions
+                    .iter()
+                    .filter(|(_, tracker)| setup.integrity || matches!(tracker, Tracker::None));
+                let regions = regions.map(|(region, _)| Arc::clone(region));
+                let share = channel::share(channel::memlock_limit(), streams);
+                channel::open(fd, patience, wanted, regions.collect(), share)?
+            }
+        };
+        let stream = OutgoingStream::new(index, opened, setup, stats, tell);
         // One job is under way or waiting; the barrier between Iterations lets there be no second.
         let (jobs, next) = jobs::sync_channel(1);
         let report = self.report.clone();
+        let cpus = self.cpus;
         let thread = thread::Builder::new()
             .name(format!("mf-send-{index}"))
-            .spawn(move || work(stream, &next, &report))?;
+            .spawn(move || {
+                // The list was checked when the attempt began. CPUs that have gone since are no reason to fail.
+                if let Some(Err(error)) = cpus.map(|cpus| sched_setaffinity(THIS_THREAD, &cpus)) {
+                    tracing::warn!(%error, "a stream runs on any CPU: its affinity could not be set");
+                }
+                work(stream, &next, &report);
+            })?;
         self.members.push(Member { jobs, thread });
         Ok(())
     }
@@ -124,6 +159,34 @@ async fn join(threads: Vec<thread::JoinHandle<()>>) {
     let _ = tokio::task::spawn_blocking(join).await;
 }
 
+/// The CPUs that streams may run on, out of those that we may: `None` if any will do.
+pub(super) fn affinity(list: &CpuList) -> Result<Option<CpuSet>, TransferError> {
+    if list.is_any() {
+        return Ok(None);
+    }
+    let ours = sched_getaffinity(THIS_THREAD)
+        .map_err(|error| TransferError::local("ask for the CPUs of this process")(error.into()))?;
+    let usable: Vec<_> = (0..CpuSet::count())
+        .filter(|&cpu| ours.is_set(cpu).unwrap_or(false))
+        .collect();
+    let chosen = list.choose(&usable);
+    if chosen.is_empty() {
+        return Err(TransferError::NoCpu {
+            list: list.clone(),
+            usable,
+        });
+    }
+    let mut set = CpuSet::new();
+    for cpu in chosen {
+        // Every one of them was in a set of the same size.
+        let _ = set.set(cpu);
+    }
+    Ok(Some(set))
+}
+
+/// Who asks, in the words of sched_setaffinity(2).
+const THIS_THREAD: Pid = Pid::from_raw(0);
+
 /// A stream's thread: does jobs until there are none or one fails.
 fn work(
     mut stream: OutgoingStream,
@@ -141,19 +204,6 @@ fn work(
             }
             return;
         }
-    }
-}
-
-/// What a mode means for this version's engines.
-fn wish(mode: ZeroCopyMode) -> ZeroCopyWish {
-    let engine = "this version has no io_uring engine";
-    match mode {
-        ZeroCopyMode::Auto => ZeroCopyWish::Auto,
-        ZeroCopyMode::MsgZerocopy => ZeroCopyWish::Always(String::new()),
-        ZeroCopyMode::IoUring | ZeroCopyMode::IoUringFixed => {
-            ZeroCopyWish::Always(engine.to_owned())
-        }
-        ZeroCopyMode::Off => ZeroCopyWish::Off(String::new()),
     }
 }
 

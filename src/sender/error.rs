@@ -4,8 +4,10 @@ use std::io;
 
 use serde_json::{Value, json};
 
+use crate::config::CpuList;
 use crate::dirty::TrackerError;
 use crate::freeze::FreezeError;
+use crate::limits::BLOB_BYTES_MAX;
 use crate::name::Name;
 use crate::peer::PeerError;
 use crate::region::RegionError;
@@ -28,6 +30,20 @@ pub(super) enum TransferError {
     Tracker(#[from] TrackerError),
     #[error(transparent)]
     Freeze(#[from] FreezeError),
+    #[error(
+        "the client that registered {regions} has closed its connection: it was to be stopped through it"
+    )]
+    ClientGone { regions: String },
+    #[error(
+        "the client that registered {regions} did not answer {question:?} within {seconds} s (freeze-timeout)"
+    )]
+    ClientSilent {
+        regions: String,
+        question: &'static str,
+        seconds: f32,
+    },
+    #[error("the sender died before the commit: nothing was moved, and the writer goes on")]
+    SenderDied,
     #[error("not finished within the timeout of {seconds} s")]
     TimedOut { seconds: f32 },
     #[error(
@@ -50,6 +66,14 @@ pub(super) enum TransferError {
         "region {name}: tracker scan of a live writer needs integrity = \"crc32c\": without checksums a value that comes and goes between two scans is lost"
     )]
     ScanWithoutIntegrity { name: Name },
+    #[error(
+        "cannot read the final blob: {source}: a file is read whole, a pipe to its end within freeze-timeout"
+    )]
+    BlobUnread { source: io::Error },
+    #[error("the final blob is longer than {BLOB_BYTES_MAX} bytes")]
+    BlobTooLarge,
+    #[error("no CPU of cpus = \"{list}\" is one that the sender may use: it may use {usable:?}")]
+    NoCpu { list: CpuList, usable: Vec<usize> },
     #[error("{0} is not served by this version")]
     NotServed(&'static str),
     #[error("the receiver said {0} where the protocol has no place for it")]
@@ -72,14 +96,19 @@ impl TransferError {
             Self::Region(error) => error.code(),
             Self::Tracker(error) => error.code(),
             Self::Freeze(error) => error.code(),
+            Self::ClientGone { .. } => "writer-gone",
+            Self::ClientSilent { .. } => "freeze-timeout",
             Self::TimedOut { .. } => "timeout",
             Self::NotPrepared { .. } => "stalled",
             Self::NotConverging { .. } => "not-converged",
             Self::NotFrozen { .. } => "not-frozen",
             Self::Corrupt { .. } => "corrupt",
             Self::ScanWithoutIntegrity { .. } | Self::NotServed(_) => "invalid-argument",
+            Self::BlobUnread { .. } => "blob-read",
+            Self::BlobTooLarge => "too-large",
+            Self::NoCpu { .. } => "no-such-cpu",
             Self::OutOfPlace(_) => "protocol",
-            Self::Local { .. } => "sender-failed",
+            Self::SenderDied | Self::Local { .. } => "sender-failed",
         }
     }
 

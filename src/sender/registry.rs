@@ -9,13 +9,15 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 
 use crate::config::{FreezeConfig, TrackerConfig};
-use crate::control::{CommandError, FdTable, code};
+use crate::control::{Call, CommandError, FdTable, code};
 use crate::dirty::{BitmapTracker, Exact, Memory, PagemapTracker};
 use crate::freeze::{Freezer, Process};
 use crate::name::Name;
 use crate::pages::PageSet;
 use crate::region::Region;
 
+use super::clients::Registrant;
+use super::moved::Moved;
 use super::populate::{Populated, Populator};
 
 /// A Region as it was added.
@@ -28,7 +30,25 @@ pub(super) struct Registered {
     pub(super) freeze: FreezeConfig,
     pub(super) freezer: Freezer,
     populated: Populated,
+    /// Who is asked with freeze `client`.
+    pub(super) client: Option<Registrant>,
     hold: Hold,
+}
+
+impl Registered {
+    /// It has another owner now; that is written down first.
+    fn hand_over(&mut self, attempt: &Name, moved: &Moved) {
+        moved.add(&self.region, attempt);
+        self.hold = Hold::Moved(attempt.clone());
+    }
+
+    /// Whether stopping the writer of one is stopping that of the other.
+    fn has_writer_of(&self, other: &Self) -> bool {
+        let client = |registered: &Self| registered.client.as_ref().map(|client| client.id);
+        self.freeze != FreezeConfig::None
+            && self.freeze == other.freeze
+            && client(self) == client(other)
+    }
 }
 
 /// How writes are found. What knows by itself lives as long as the Region is registered; what has to
@@ -106,14 +126,26 @@ pub(super) struct Claim {
 }
 
 /// All Regions, by name.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Registry {
     regions: BTreeMap<Name, Registered>,
     populator: Populator,
     claims: u64,
+    /// What was handed over, also by earlier runs of the daemon.
+    moved: Moved,
 }
 
 impl Registry {
+    /// No Regions yet.
+    pub(super) fn new(moved: Moved) -> Self {
+        Self {
+            populator: Populator::default(),
+            regions: BTreeMap::new(),
+            claims: 0,
+            moved,
+        }
+    }
+
     /// Adds a Region by its path or descriptor; checks now what can be checked now.
     pub(super) fn add(
         &mut self,
@@ -121,7 +153,7 @@ impl Registry {
         memory: Source<'_>,
         tracker: TrackerConfig,
         freeze: FreezeConfig,
-        descriptors: Descriptors<'_>,
+        by: Option<&Call>,
     ) -> Result<(), CommandError> {
         if self.regions.contains_key(&name) {
             return Err(CommandError::new(
@@ -135,16 +167,23 @@ impl Registry {
         };
         let region = region.map_err(|error| CommandError::new(error.code(), error.to_string()))?;
         if matches!(
-            (&tracker, freeze),
+            (&tracker, &freeze),
             (TrackerConfig::Bitmap { .. }, FreezeConfig::Pid(_))
         ) {
             // Stopped between a write and its mark, the writer would lose that write.
-            let text = "tracker bitmap needs a writer that publishes its marks before it stands still, which SIGSTOP does not wait for: use freeze none and stop it yourself, or tracker pagemap";
+            let text = "tracker bitmap needs a writer that publishes its marks before it stands still, which SIGSTOP does not wait for: use freeze client, or tracker pagemap";
             return Err(CommandError::new(code::INVALID_ARGUMENT, text));
         }
-        let tracking = Tracking::new(&tracker, &region, descriptors)?;
+        let tracking = Tracking::new(&tracker, &region, by.map(|call| &call.fds))?;
+        let client = match (&freeze, by) {
+            (FreezeConfig::Client, Some(call)) => Some(Registrant {
+                id: call.client,
+                gone: call.gone.clone(),
+            }),
+            _ => None,
+        };
         let freezer = match freeze {
-            FreezeConfig::None => Freezer::None,
+            FreezeConfig::None | FreezeConfig::Client => Freezer::None,
             FreezeConfig::Pid(pid) => {
                 let process = Process::open(pid)
                     .map_err(|error| CommandError::new(error.code(), error.to_string()))?;
@@ -152,6 +191,7 @@ impl Registry {
             }
         };
         let region = Arc::new(region);
+        let moved = self.moved.find(&region);
         let registered = Registered {
             populated: self.populator.add(&region),
             region,
@@ -159,7 +199,8 @@ impl Registry {
             tracker,
             freeze,
             freezer,
-            hold: Hold::Free,
+            client,
+            hold: moved.map_or(Hold::Free, Hold::Moved),
         };
         self.regions.insert(name, registered);
         Ok(())
@@ -189,7 +230,9 @@ impl Registry {
         match &self.known(name)?.hold {
             Hold::Claimed(claim) => Err(busy(name, &claim.id)),
             Hold::Free | Hold::Moved(_) => {
-                self.regions.remove(name);
+                if let Some(gone) = self.regions.remove(name) {
+                    self.moved.forget(&gone.region);
+                }
                 Ok(())
             }
         }
@@ -208,7 +251,7 @@ impl Registry {
 
     /// Gives the Regions to an attempt; all of them or none.
     ///
-    /// A process can be frozen by one attempt only: the failure of another would let it go on.
+    /// A writer can be frozen by one attempt only: the failure of another would let it go on.
     pub(super) fn claim(
         &mut self,
         names: &[Name],
@@ -233,14 +276,20 @@ impl Registry {
                     return Err(CommandError::new("region-moved", text));
                 }
             }
-            if let FreezeConfig::Pid(pid) = registered.freeze
-                && let Some(claim) = self.claim_of_process(pid)
-            {
+            if let Some(claim) = self.claim_of_writer(registered) {
                 let text = format!(
-                    "Process {pid}, which writes region '{name}', is to be frozen by '{}'",
-                    claim.id
+                    "The writer of region '{name}' (freeze {}) is to be frozen by '{}'",
+                    registered.freeze, claim.id
                 );
                 return Err(CommandError::new("region-busy", text));
+            }
+            if let Some(client) = &registered.client
+                && client.gone.is_cancelled()
+            {
+                let text = format!(
+                    "The client that registered region '{name}' has closed its connection and cannot be asked to stop: remove the region, and let it register again"
+                );
+                return Err(CommandError::new("writer-gone", text));
             }
         }
         self.claims += 1;
@@ -256,24 +305,23 @@ impl Registry {
         Ok((claim, regions))
     }
 
-    fn claim_of_process(&self, pid: i32) -> Option<&Claim> {
-        self.regions
-            .values()
-            .find_map(|registered| match &registered.hold {
-                Hold::Claimed(claim) if registered.freeze == FreezeConfig::Pid(pid) => Some(claim),
-                _ => None,
-            })
+    fn claim_of_writer(&self, of: &Registered) -> Option<&Claim> {
+        let mut others = self.regions.values();
+        others.find_map(|registered| match &registered.hold {
+            Hold::Claimed(claim) if registered.has_writer_of(of) => Some(claim),
+            _ => None,
+        })
     }
 
     /// Takes the Regions back from an attempt that has ended: to be moved again, unless they `moved`.
     pub(super) fn release(&mut self, claim: &Claim, moved: bool) {
         for registered in self.regions.values_mut() {
             if registered.hold == Hold::Claimed(claim.clone()) {
-                registered.hold = if moved {
-                    Hold::Moved(claim.id.clone())
+                if moved {
+                    registered.hand_over(&claim.id, &self.moved);
                 } else {
-                    Hold::Free
-                };
+                    registered.hold = Hold::Free;
+                }
             }
         }
     }
@@ -282,7 +330,7 @@ impl Registry {
     pub(super) fn set_moved(&mut self, names: &[Name], attempt: &Name) {
         for name in names {
             if let Some(registered) = self.regions.get_mut(name) {
-                registered.hold = Hold::Moved(attempt.clone());
+                registered.hand_over(attempt, &self.moved);
             }
         }
     }

@@ -6,18 +6,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::timeout;
 
 use crate::freeze::{FreezeError, Freezer, Frozen, StoppedProcess};
-use crate::guardian::Guardian;
+use crate::guardian::{Asked, Guardian};
 use crate::wire::Hex128;
 
+use super::clients::Said;
 use super::error::TransferError;
+use super::status::{Attempt, Status};
 
 /// What is frozen, or just being frozen.
 #[derive(Debug)]
 pub(super) struct Standstill {
     nonce: Hex128,
+    attempt: Arc<Attempt>,
     guardian: Arc<Mutex<Guardian>>,
+    /// Whether clients were asked to stop, and have not been told to go on.
+    asked: bool,
     freezing: Option<JoinHandle<Result<Frozen, FreezeError>>>,
     frozen: Frozen,
     since: Instant,
@@ -25,11 +31,17 @@ pub(super) struct Standstill {
 
 impl Standstill {
     /// Nothing is frozen yet.
-    pub(super) fn new(nonce: Hex128, guardian: Arc<Mutex<Guardian>>) -> Self {
+    pub(super) fn new(
+        nonce: Hex128,
+        attempt: Arc<Attempt>,
+        guardian: Arc<Mutex<Guardian>>,
+    ) -> Self {
         let (frozen, since) = (Frozen::default(), Instant::now());
         Self {
             nonce,
+            attempt,
             guardian,
+            asked: false,
             freezing: None,
             frozen,
             since,
@@ -44,19 +56,52 @@ impl Standstill {
     pub(super) async fn freeze(
         &mut self,
         freezers: Vec<Freezer>,
-        timeout: Duration,
+        limit: Duration,
     ) -> Result<(), TransferError> {
+        let attempt = Arc::clone(&self.attempt);
+        let asked = Asked {
+            id: attempt.id.clone(),
+            regions: attempt.clients.regions(),
+        };
         // Before the first is stopped, so that none is left stopped whoever dies when.
         self.guardian()
-            .note(self.nonce, Frozen::record_of(&freezers)?)
+            .note(self.nonce, Frozen::record_of(&freezers)?, asked)
             .map_err(TransferError::local("note what is to be frozen"))?;
         self.since = Instant::now();
+        self.asked = !attempt.clients.is_empty();
+        attempt.clients.forget();
+        attempt.enter(match self.asked {
+            true => Status::PreSwitchover,
+            false => Status::Device,
+        });
         // Kept, so that a cancel that comes just now waits for the end of it and thaws.
-        let freezing = spawn_blocking(move || Frozen::freeze(&freezers, timeout));
-        let frozen = self.freezing.insert(freezing).await;
-        self.freezing = None;
-        self.frozen = frozen.map_err(|error| TransferError::local("freeze")(error.into()))??;
+        let freezing = spawn_blocking(move || Frozen::freeze(&freezers, limit));
+        self.freezing = Some(freezing);
+        self.all_say(Said::StandsStill, limit).await?;
+        if let Some(freezing) = &mut self.freezing {
+            let frozen = freezing.await;
+            self.freezing = None;
+            self.frozen =
+                frozen.map_err(|error| TransferError::local("freeze")(error.into()))??;
+        }
+        attempt.enter(Status::Device);
         Ok(())
+    }
+
+    /// Waits until every writer that stops itself has said so much.
+    pub(super) async fn all_say(&self, wanted: Said, limit: Duration) -> Result<(), TransferError> {
+        let clients = &self.attempt.clients;
+        let said = timeout(limit, clients.all_say(wanted)).await;
+        said.unwrap_or_else(|_| {
+            Err(TransferError::ClientSilent {
+                regions: clients.waiting_for(wanted),
+                question: match wanted {
+                    Said::StandsStill => Status::PreSwitchover.as_str(),
+                    Said::HandsOver => Status::Completing.as_str(),
+                },
+                seconds: limit.as_secs_f32(),
+            })
+        })
     }
 
     /// Time since just before the freeze.
@@ -82,15 +127,29 @@ impl Standstill {
     /// The commit is recorded: from here on nobody thaws before the receiver has spoken.
     pub(super) fn keep(&mut self) {
         std::mem::take(&mut self.frozen).keep();
+        self.asked = false;
         self.guardian().forget(self.nonce);
     }
 
     /// Lets the writers go on.
     pub(super) async fn thaw(mut self) {
         drop(std::mem::take(&mut self.frozen));
+        self.release_clients();
         if let Some(freezing) = self.freezing.take() {
             drop(freezing.await);
         }
         self.guardian().forget(self.nonce);
+    }
+
+    fn release_clients(&mut self) {
+        if std::mem::take(&mut self.asked) {
+            self.attempt.release_clients();
+        }
+    }
+}
+
+impl Drop for Standstill {
+    fn drop(&mut self) {
+        self.release_clients();
     }
 }

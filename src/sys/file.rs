@@ -38,16 +38,19 @@ pub fn advise_huge_pages(mapping: &Mapping) {
 }
 
 /// Fills the page tables for `span` in one call instead of a fault per page, and allocates what is a
-/// hole of it. Best effort: where the kernel cannot (before 5.14, or for want of memory), touching the
-/// pages does it, or says why not.
-pub fn populate(span: &Span<'_>, access: Access) {
+/// hole of it. An error where that is not possible, as on a full file system, where a plain access would be
+/// a SIGBUS; and before Linux 5.14.
+pub fn populate(span: &Span<'_>, access: Access) -> io::Result<()> {
     let advice = match access {
         Access::Read => MmapAdvise::MADV_POPULATE_READ,
-        Access::Write => MmapAdvise::MADV_POPULATE_WRITE,
+        Access::Write | Access::Pin => MmapAdvise::MADV_POPULATE_WRITE,
     };
-    if let Some(base) = NonNull::new(span.base().cast_mut().cast()) {
-        // SAFETY: whoever made the span established that its addresses stay mapped while it is
-        // borrowed, and populating changes no content.
-        let _ = unsafe { madvise(base, span.len(), advice) };
-    }
+    let Some(base) = NonNull::new(span.base().cast_mut().cast()).filter(|_| !span.is_empty())
+    else {
+        return Ok(());
+    };
+    // SAFETY: whoever made the span established that its addresses stay mapped while it is borrowed, and
+    // populating is an access to every page that changes no content.
+    unsafe { madvise(base, span.len(), advice) }?;
+    Ok(())
 }

@@ -6,10 +6,12 @@
 pub mod copy;
 pub mod errqueue;
 pub mod file;
+pub mod link;
 pub mod msg;
 pub mod pagemap;
 pub mod process;
 pub mod scm;
 pub mod terminal;
 pub mod uffd;
+pub mod uring;
 pub mod wake;

@@ -98,6 +98,11 @@ impl Gather<'_> {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// As the kernel takes them.
+    pub(super) fn entries(&self) -> &[libc::iovec] {
+        self.iov
+    }
 }
 
 /// Memory that one call may write. Made by [`IovBuf::scatter`], which establishes what the calls

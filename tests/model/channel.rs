@@ -18,7 +18,8 @@ use memferry::region::{Mapping, Span, SpanMut};
 use memferry::stream::IncomingStream;
 
 use super::Arriving;
-use super::turns::{Random, Turns};
+use super::random::Random;
+use super::turns::Turns;
 
 /// How the connections of a run misbehave.
 #[derive(Debug, Clone, Copy)]
@@ -195,6 +196,7 @@ pub(crate) struct SenderEnd {
     life: Option<u64>,
     dead: bool,
     sends: u64,
+    released: Flush,
 }
 
 impl SenderEnd {
@@ -210,6 +212,7 @@ impl SenderEnd {
             life,
             dead: false,
             sends: 0,
+            released: Flush::NOTHING_OWED,
         }
     }
 
@@ -321,7 +324,13 @@ impl Channel for SenderEnd {
             true => sends,
             false => self.end.turns.draw(|random| random.below(sends + 1)),
         };
+        self.released.sends += sends;
+        self.released.copied += copied;
         Ok(Flush { sends, copied })
+    }
+
+    fn released(&self) -> Flush {
+        self.released
     }
 
     fn shutdown(&mut self, _how: Shutdown) -> io::Result<()> {

@@ -4,6 +4,7 @@
 //! Up to the commit record any failure ends with the writer running and nothing at the destination;
 //! behind it nothing thaws the writer until the receiver has said that it is not the owner (rule 4).
 
+mod blob;
 mod handover;
 mod opening;
 mod passes;
@@ -21,9 +22,9 @@ use crate::journal::{CommitSent, Journal};
 use crate::peer::{Conversation, PeerError};
 use crate::stream::StreamError;
 use crate::sys::wake::Wake;
-use crate::wire::{BootId, FromReceiver, FromSender, Hex128, StreamTotals};
+use crate::wire::{BlobAccount, BootId, FromReceiver, FromSender, Hex128, StreamTotals};
 
-use super::crew::{Crew, REASON_WAIT};
+use super::crew::{Crew, REASON_WAIT, affinity};
 use super::debt::{Debt, Source};
 use super::error::TransferError;
 use super::registry::{Registered, Tracking};
@@ -82,6 +83,7 @@ pub(super) struct Transfer {
     wake: Wake,
     crew: Crew,
     standstill: Standstill,
+    blob: Option<BlobAccount>,
     downtime: Downtime,
 }
 
@@ -113,7 +115,8 @@ impl Transfer {
         };
         let sources: Arc<[Source]> = order.regions.iter().map(source).collect::<Result<_, _>>()?;
         let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
-        let standstill = Standstill::new(nonce, Arc::clone(&order.guardian));
+        let standstill = Standstill::new(nonce, Arc::clone(&attempt), Arc::clone(&order.guardian));
+        let cpus = affinity(&parameters.cpus)?;
         let wake = Wake::new().map_err(TransferError::local("make an eventfd"))?;
         Ok(Self {
             debt: Debt::of_all(sources),
@@ -128,10 +131,11 @@ impl Transfer {
             reached: order.endpoint.clone(),
             talk: None,
             receiver_boot_id: BootId("".into()),
-            crew: Crew::new(wake.clone()),
+            crew: Crew::new(wake.clone(), cpus),
             wake,
             order,
             standstill,
+            blob: None,
             downtime: Downtime::default(),
         })
     }
@@ -174,6 +178,7 @@ impl Transfer {
         self.debt.harvest_frozen().await?;
         self.settle().await?;
         self.check_frozen().await?;
+        self.send_blob().await?;
         self.prepare().await
     }
 

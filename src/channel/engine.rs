@@ -1,0 +1,245 @@
+//! Zero-copy engines: which there are, which of them work here, and the channel that uses one.
+//!
+//! What a kernel can do is tried, not read off its version: opcodes are listed by kernels that refuse
+//! their flags, seccomp and sysctls forbid what was compiled in.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::{Channel, Features, Patience, SocketChannel, UringChannel, WriteFlags, writev_all};
+use crate::limits::PAGE_BYTES;
+use crate::region::Region;
+use crate::sys::errqueue;
+use crate::sys::wake::Wake;
+
+/// A way to send without copying.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// `MSG_ZEROCOPY` and the socket's error queue.
+    MsgZerocopy,
+    /// io_uring `SEND_ZC`.
+    IoUring,
+    /// io_uring with registered buffers.
+    IoUringFixed,
+}
+
+impl Engine {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::MsgZerocopy, Self::IoUring, Self::IoUringFixed];
+
+    /// Those that need no consent, best first. `SEND_ZC` takes a little less CPU per byte than
+    /// `MSG_ZEROCOPY` where nothing is copied (0.34 to 0.42 s per GiB, `docs/zero-copy.md`), and its
+    /// notices use up no `net.core.optmem_max`. Registered buffers pin the whole Region: only on request.
+    const BEST: [Self; 2] = [Self::IoUring, Self::MsgZerocopy];
+
+    /// The word for it in TOML, QMP and status.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::MsgZerocopy => "msg-zerocopy",
+            Self::IoUring => "io-uring",
+            Self::IoUringFixed => "io-uring-fixed",
+        }
+    }
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What a trial of an engine showed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trial {
+    /// The kernel says of each send whether it was copied after all.
+    pub reports_copies: bool,
+}
+
+/// A channel, and how it lends.
+#[derive(Debug)]
+pub struct Opened {
+    /// The channel.
+    pub channel: Box<dyn Channel>,
+    /// What it lends with; nothing if it cannot lend.
+    pub engine: Option<Engine>,
+    /// Why it is not what was asked for; empty if it is.
+    pub note: String,
+}
+
+/// A channel over the connected socket `fd` that lends by `wanted`, or by the best engine that works
+/// here, or not at all if there is none. `regions` are what it will send; `share` is what it may have
+/// pinned at once, in bytes, if that is little.
+pub fn open(
+    fd: OwnedFd,
+    patience: Patience,
+    wanted: Option<Engine>,
+    regions: Vec<Arc<Region>>,
+    share: Option<usize>,
+) -> io::Result<Opened> {
+    let mut fd = fd;
+    let mut notes = Vec::new();
+    let is_tcp = matches!(
+        errqueue::family(fd.as_fd())?,
+        libc::AF_INET | libc::AF_INET6
+    );
+    if let Some(share) = share.filter(|_| is_tcp) {
+        let share = share / 1024;
+        notes.push(format!(
+            "the memlock limit leaves this stream {share} KiB, so sends are small"
+        ));
+    }
+    let first = wanted.into_iter();
+    let others = Engine::BEST
+        .into_iter()
+        .filter(|engine| Some(*engine) != wanted);
+    for engine in first.chain(others).filter(|_| is_tcp) {
+        let refusal = match tried(engine) {
+            Err(reason) => reason.clone(),
+            // Without the report nobody would notice that everything is copied.
+            Ok(trial) if wanted.is_none() && !trial.reports_copies => {
+                "this kernel does not say what it copied".to_owned()
+            }
+            Ok(_) if engine == Engine::MsgZerocopy => break,
+            Ok(_) => {
+                let regions = match engine {
+                    Engine::IoUringFixed => regions.clone(),
+                    _ => Vec::new(),
+                };
+                match UringChannel::new(fd, patience.clone(), regions) {
+                    Ok(mut channel) => {
+                        share
+                            .into_iter()
+                            .try_for_each(|share| channel.limit_loans(share))?;
+                        return Ok(Opened {
+                            channel: Box::new(channel),
+                            engine: Some(engine),
+                            note: notes.join("; "),
+                        });
+                    }
+                    Err((back, error)) => {
+                        fd = back;
+                        error.to_string()
+                    }
+                }
+            }
+        };
+        if wanted.is_some() {
+            notes.push(format!("{engine}: {refusal}"));
+        }
+    }
+    let mut channel = SocketChannel::new(fd, patience, true)?;
+    share
+        .into_iter()
+        .try_for_each(|share| channel.limit_loans(share))?;
+    notes.extend(channel.zero_copy_refusal().map(str::to_owned));
+    let lends = channel.features().contains(Features::WRITE_ZERO_COPY);
+    Ok(Opened {
+        channel: Box::new(channel),
+        engine: lends.then_some(Engine::MsgZerocopy),
+        note: notes.join("; "),
+    })
+}
+
+/// The trial of an engine, made once per process.
+fn tried(engine: Engine) -> &'static Result<Trial, String> {
+    static TRIALS: [OnceLock<Result<Trial, String>>; 3] = [const { OnceLock::new() }; 3];
+    TRIALS[engine as usize].get_or_init(|| trial(engine).map_err(|error| error.to_string()))
+}
+
+/// Sends a page over TCP to ourselves by `engine`, and waits until it is back.
+pub fn trial(engine: Engine) -> io::Result<Trial> {
+    let file = File::from(memfd_create(c"memferry-trial", MFdFlags::MFD_CLOEXEC)?);
+    let page = vec![1; usize::try_from(PAGE_BYTES).unwrap_or(4096)];
+    std::os::unix::fs::FileExt::write_all_at(&file, &page, 0)?;
+    let name = "trial".parse().map_err(io::Error::other)?;
+    let region = Region::from_descriptor(name, file.into()).map_err(io::Error::other)?;
+    let region = Arc::new(region);
+    let listener = TcpListener::bind(("127.0.0.1", 0))?;
+    let near = OwnedFd::from(TcpStream::connect(listener.local_addr()?)?);
+    let (_far, _) = listener.accept()?;
+    let patience = Patience {
+        stall_timeout: Duration::from_secs(2),
+        wake: Wake::new()?,
+    };
+    let lend = |channel: &mut dyn Channel| {
+        let span = region.mapping().span(0, page.len());
+        let span = span.ok_or(io::ErrorKind::InvalidData)?;
+        let flags = WriteFlags::ZERO_COPY.with(WriteFlags::REGISTERED);
+        writev_all(channel, &[span], flags)?;
+        channel.flush()
+    };
+    if engine == Engine::MsgZerocopy {
+        let mut channel = SocketChannel::new(near, patience, true)?;
+        if let Some(refusal) = channel.zero_copy_refusal() {
+            return Err(io::Error::other(refusal.to_owned()));
+        }
+        lend(&mut channel)?;
+        return Ok(Trial {
+            reports_copies: true,
+        });
+    }
+    let regions = match engine {
+        Engine::IoUringFixed => vec![Arc::clone(&region)],
+        _ => Vec::new(),
+    };
+    let mut channel =
+        UringChannel::new(near, patience, regions).map_err(|(_, error)| explained(error))?;
+    lend(&mut channel).map_err(explained)?;
+    if engine == Engine::IoUringFixed && channel.registered_bytes() == 0 {
+        let why = channel.zero_copy_trouble(false).unwrap_or_default();
+        return Err(io::Error::other(why));
+    }
+    Ok(Trial {
+        reports_copies: channel.reports_usage(),
+    })
+}
+
+/// What an error of a ring means to an operator.
+fn explained(error: io::Error) -> io::Error {
+    let text = match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            "io_uring is forbidden here (kernel.io_uring_disabled, or a seccomp filter)"
+        }
+        Some(libc::ENOSYS) => "this kernel has no io_uring",
+        Some(libc::EINVAL) => "this kernel's io_uring is too old (Linux 6.1 is needed)",
+        Some(libc::ENOMEM) => "the memlock limit is used up",
+        _ => return error,
+    };
+    io::Error::other(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::suite::{patience, tcp_pair, unix_pair};
+
+    #[test]
+    fn every_engine_works_on_this_kernel() {
+        for engine in Engine::ALL {
+            assert!(trial(engine).unwrap().reports_copies, "{engine}");
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_is_opened_and_a_unix_socket_lends_nothing() {
+        for engine in Engine::ALL {
+            let (near, _far) = tcp_pair("127.0.0.1");
+            let opened = open(near, patience(), Some(engine), Vec::new(), None).unwrap();
+            assert_eq!((opened.engine, opened.note.as_str()), (Some(engine), ""));
+        }
+        let opened = open(tcp_pair("::1").0, patience(), None, Vec::new(), None).unwrap();
+        assert_eq!(opened.engine, Some(Engine::IoUring));
+        let (near, _far) = unix_pair();
+        let opened = open(near, patience(), Some(Engine::IoUring), Vec::new(), None).unwrap();
+        assert_eq!(opened.engine, None);
+        assert!(opened.note.contains("AF_UNIX"), "{}", opened.note);
+    }
+}
