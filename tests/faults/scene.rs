@@ -378,10 +378,11 @@ impl Scene {
                 }
             }
             Fault::KillClient => {
-                let mut client = self.client.take().expect("a client ordered it");
-                // After the end it has ended by itself.
-                let _ = client.kill();
-                client.wait().unwrap();
+                if let Some(mut client) = self.client.take() {
+                    // After the end it has ended by itself.
+                    let _ = client.kill();
+                    client.wait().unwrap();
+                }
             }
         }
         self.relay.release(act);
