@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 pub mod args;
+mod bench;
 mod demo;
 mod doctor;
 pub mod exit;
@@ -18,6 +19,7 @@ mod migrate;
 pub mod output;
 pub mod progress;
 mod region;
+mod stage;
 mod status;
 mod take;
 mod workload;
@@ -59,6 +61,7 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
         Command::Sender(args) => return daemon(crate::sender::run(&args.config)),
         Command::Receiver(args) => return daemon(crate::receiver::run(&args.config)),
         Command::Demo(args) => return demo::run(&args),
+        Command::Bench(args) => return bench::run(&args),
         Command::Workload(args) => return workload::run(args),
         Command::Verify(args) => return workload::verify(&args),
         Command::Guardian(args) => return guardian(&args),

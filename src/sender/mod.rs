@@ -13,6 +13,7 @@ mod debt;
 mod error;
 mod hold;
 mod moved;
+mod populate;
 mod registry;
 mod resolve;
 mod standstill;

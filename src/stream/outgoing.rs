@@ -253,19 +253,18 @@ impl OutgoingStream {
         }
 
         let flags = self.flags(job.pass, region_index);
-        let spans: Vec<Span<'_>> = self
-            .inspector
-            .table
-            .data()
-            .map(|range| region.span(range))
-            .collect();
-        // The header's buffer is used again for the next packet, so it is always copied.
-        let sent = writev_all(
-            &mut *self.channel,
-            &[Span::of_slice(&self.frame)],
-            WriteFlags::NONE,
-        )
-        .and_then(|()| writev_all(&mut *self.channel, &spans, flags));
+        let frame = Span::of_slice(&self.frame);
+        let payload_spans = self.inspector.table.data().map(|range| region.span(range));
+        // The frame's buffer is used again for the next packet, so it is always copied; where all is, it
+        // goes in one call, and wakes the receiver once.
+        let sent = if flags == WriteFlags::NONE {
+            let spans: Vec<_> = std::iter::once(frame).chain(payload_spans).collect();
+            writev_all(&mut *self.channel, &spans, flags)
+        } else {
+            let spans: Vec<_> = payload_spans.collect();
+            writev_all(&mut *self.channel, &[frame], WriteFlags::NONE)
+                .and_then(|()| writev_all(&mut *self.channel, &spans, flags))
+        };
         if let Err(error) = sent {
             // EFAULT is how the kernel says that the file no longer reaches this far.
             region.check_length()?;
