@@ -213,6 +213,12 @@ impl Assembly {
         state.applied.store(sequence, Ordering::Relaxed);
     }
 
+    /// Whether nothing has come on `stream` in this epoch.
+    #[must_use]
+    pub fn is_unused(&self, stream: u16) -> bool {
+        self.totals(stream).packets == 0
+    }
+
     /// How many frames of each stream are in place.
     #[must_use]
     pub fn frames_applied(&self) -> Vec<u64> {
@@ -617,6 +623,7 @@ mod tests {
         // The second packet is only half there when the connection breaks.
         all.data(0, &data(1, 2)).unwrap().placing(range(1, 2));
         assert_eq!(all.frames_applied(), [1, 0]);
+        assert!(!all.is_unused(0) && all.is_unused(1));
         let missing = RegionRun {
             region: 0,
             first: 1,

@@ -239,7 +239,14 @@ impl Attempt {
                         self.report("active", None);
                     }
                 }
-                (stream, end) = accepted.readers.hear() => return Err(failure(stream, end, &mut self.talk).await),
+                (stream, end) = accepted.readers.hear() => {
+                    // One that its sender never used: it went on without, or will notice itself.
+                    let lost = matches!(end, Ok(()) | Err(StreamError::Lost { .. }));
+                    if !(lost && accepted.setup.assembly.is_unused(stream)) {
+                        return Err(failure(stream, end, &mut self.talk).await);
+                    }
+                    tracing::info!(id = %self.id, stream, "a stream that was not used is gone");
+                }
                 message = hear(&mut self.talk, &mut accepted.back, &accepted.entry) => match message? {
                     FromSender::Prepare { streams, blob } => return Ok((streams, blob)),
                     FromSender::Blob(piece) => {

@@ -81,9 +81,8 @@ pub(super) struct Transfer {
     debt: Debt,
     /// The last Iteration that was begun.
     iteration: u32,
-    /// Iterations of this nonce that carried all that there was, and of all nonces.
+    /// Iterations of this nonce that carried all that there was.
     passes: u32,
-    passes_ever: u32,
     /// The last Iteration was one of them: nothing that was known is older.
     caught_up: bool,
     /// Bytes that were left when the last Iteration began.
@@ -142,7 +141,6 @@ impl Transfer {
             epoch: 0,
             iteration: 0,
             passes: 0,
-            passes_ever: 0,
             caught_up: false,
             remaining_before: u64::MAX,
             changed_pages: 0,

@@ -93,9 +93,7 @@ impl Transfer {
         };
         let (reports, whole) = self.pass(plan, pass).await?;
         self.caught_up = whole;
-        if whole {
-            (self.passes, self.passes_ever) = (self.passes + 1, self.passes_ever + 1);
-        }
+        self.passes += u32::from(whole);
 
         let time = started.elapsed();
         let pages: u64 = reports.iter().map(|report| report.pages).sum();

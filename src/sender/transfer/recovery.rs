@@ -36,17 +36,20 @@ type Left = Vec<(u16, Vec<InFlight>)>;
 #[derive(Debug)]
 pub(super) struct Clock {
     stuck_since: Option<Instant>,
-    /// Bytes applied and Iterations complete at the last loss.
-    progress: (u64, u32),
+    /// Bytes applied at the last loss.
+    applied: u64,
     connected: Instant,
+    /// The first loss since the writers stand still: they do not wait for one repair after the other.
+    frozen_lost: Option<Instant>,
 }
 
 impl Clock {
     pub(super) fn new() -> Self {
         Self {
             stuck_since: None,
-            progress: (0, 0),
+            applied: 0,
             connected: Instant::now(),
+            frozen_lost: None,
         }
     }
 
@@ -57,9 +60,9 @@ impl Clock {
 
     /// A connection was lost `now`; since when nothing has gone on. A connection that lived for
     /// `healthy` counts as progress: there may have been nothing to send.
-    fn lost(&mut self, now: Instant, progress: (u64, u32), healthy: Duration) -> Instant {
-        let moved = progress != self.progress || now - self.connected > healthy;
-        self.progress = progress;
+    fn lost(&mut self, now: Instant, applied: u64, healthy: Duration) -> Instant {
+        let moved = applied != self.applied || now - self.connected > healthy;
+        self.applied = applied;
         if moved {
             self.stuck_since = None;
         }
@@ -76,9 +79,12 @@ impl Transfer {
         }
         let now = Instant::now();
         let healthy = limit + self.parameters.stall_timeout;
-        let progress = (self.attempt.applied_bytes(), self.passes_ever);
-        let mut deadline = self.clock.lost(now, progress, healthy) + limit;
-        let thaw_at = now + self.parameters.freeze_timeout;
+        let applied = self.attempt.applied_bytes();
+        let mut deadline = self.clock.lost(now, applied, healthy) + limit;
+        let thaw_at = match self.standstill.is_frozen() {
+            true => *self.clock.frozen_lost.get_or_insert(now) + self.parameters.freeze_timeout,
+            false => now,
+        };
         self.attempt.interrupted(&cause);
         self.talk = None;
         let left = self.crew.abandon().await;
@@ -181,6 +187,7 @@ impl Transfer {
     async fn thaw(&mut self) {
         self.standstill.thaw().await;
         self.spend_blob();
+        self.clock.frozen_lost = None;
         self.attempt.thawed();
     }
 
@@ -246,7 +253,7 @@ mod tests {
         let mut clock = Clock::new();
         let mut lost = |after: u32, bytes, connected: u32| {
             clock.connected = start + second * connected;
-            let since = clock.lost(start + second * after, (bytes, 0), second * 40);
+            let since = clock.lost(start + second * after, bytes, second * 40);
             (since - start).as_secs()
         };
         assert_eq!(lost(1, 100, 0), 1);
