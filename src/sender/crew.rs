@@ -25,6 +25,9 @@ use super::error::TransferError;
 /// What a stream's thread leaves: packets without an acknowledgement, once all memory is back.
 type Left = io::Result<Vec<InFlight>>;
 
+/// What all of them leave, by the number of their stream.
+type Ended = io::Result<Vec<(u16, Vec<InFlight>)>>;
+
 /// A stream's thread, and the queue that holds its next job.
 #[derive(Debug)]
 struct Member {
@@ -38,7 +41,7 @@ struct Member {
 pub(super) struct Crew {
     members: Vec<Member>,
     /// Waits for the threads. Kept, so that whoever stops waiting for it can come back.
-    ending: Option<JoinHandle<io::Result<Vec<(u16, Vec<InFlight>)>>>>,
+    ending: Option<JoinHandle<Ended>>,
     reports: mpsc::UnboundedReceiver<Result<Report, StreamError>>,
     report: mpsc::UnboundedSender<Result<Report, StreamError>>,
     wake: Wake,
@@ -70,17 +73,15 @@ impl Crew {
         self.wake.clone()
     }
 
-    /// Starts stream `index` on a connection whose preamble was answered.
-    pub(super) fn start(
-        &mut self,
-        index: u16,
+    /// Opens the way that `mode` asks for on a connection whose preamble was answered. The memory that
+    /// may be locked is shared by `streams`.
+    pub(super) fn open(
+        &self,
         connection: Connection,
-        setup: StreamSetup,
+        setup: &StreamSetup,
         mode: ZeroCopyMode,
         streams: u16,
-        stats: Arc<StreamStats>,
-        tell: Tell,
-    ) -> io::Result<()> {
+    ) -> io::Result<Opened> {
         let patience = Patience {
             stall_timeout: setup.stall_timeout,
             wake: self.wake.clone(),
@@ -93,23 +94,32 @@ impl Crew {
             ZeroCopyMode::IoUring => Some(Some(Engine::IoUring)),
             ZeroCopyMode::IoUringFixed => Some(Some(Engine::IoUringFixed)),
         };
-        let opened = match wanted {
-            None => Opened {
+        let Some(wanted) = wanted else {
+            return Ok(Opened {
                 channel: Box::new(SocketChannel::new(fd, patience, false)?),
                 engine: None,
                 note: String::new(),
-            },
-            Some(wanted) => {
-                // What is never sent from a registration is not registered either.
-                let regions = setup
-                    .regions
-                    .iter()
-                    .filter(|(_, tracker)| setup.integrity || matches!(tracker, Tracker::None));
-                let regions = regions.map(|(region, _)| Arc::clone(region));
-                let share = channel::share(channel::memlock_limit(), streams);
-                channel::open(fd, patience, wanted, regions.collect(), share)?
-            }
+            });
         };
+        // What is never sent from a registration is not registered either.
+        let regions = setup
+            .regions
+            .iter()
+            .filter(|(_, tracker)| setup.integrity || matches!(tracker, Tracker::None));
+        let regions = regions.map(|(region, _)| Arc::clone(region));
+        let share = channel::share(channel::memlock_limit(), streams);
+        channel::open(fd, patience, wanted, regions.collect(), share)
+    }
+
+    /// Starts stream `index`.
+    pub(super) fn start(
+        &mut self,
+        index: u16,
+        opened: Opened,
+        setup: StreamSetup,
+        stats: Arc<StreamStats>,
+        tell: Tell,
+    ) -> io::Result<()> {
         let stream = OutgoingStream::new(index, opened, setup, stats, tell);
         // One job is under way or waiting; the barrier between Iterations lets there be no second.
         let (jobs, next) = jobs::sync_channel(1);
@@ -157,7 +167,7 @@ impl Crew {
 
     /// Ends the streams in an orderly way, if nothing is queued or lent, as after a barrier. Gives the
     /// packets that were not acknowledged, by stream; `Err`: some memory that was lent did not come back.
-    pub(super) async fn finish(&mut self) -> io::Result<Vec<(u16, Vec<InFlight>)>> {
+    pub(super) async fn finish(&mut self) -> Ended {
         let members = std::mem::take(&mut self.members);
         let ending = self
             .ending
@@ -168,13 +178,13 @@ impl Crew {
     }
 
     /// Ends the streams now, and waits until what was lent is back, or kept mapped for good.
-    pub(super) async fn abandon(&mut self) -> io::Result<Vec<(u16, Vec<InFlight>)>> {
+    pub(super) async fn abandon(&mut self) -> Ended {
         self.wake.wake();
         self.finish().await
     }
 }
 
-fn join(members: Vec<Member>) -> io::Result<Vec<(u16, Vec<InFlight>)>> {
+fn join(members: Vec<Member>) -> Ended {
     // All queues first: a thread ends when its own is gone.
     let threads: Vec<_> = members
         .into_iter()

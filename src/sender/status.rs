@@ -236,7 +236,9 @@ impl Attempt {
             }
             state.status = status;
             if status == Status::Active {
-                state.setup_time.get_or_insert(self.started.elapsed());
+                state
+                    .setup_time
+                    .get_or_insert_with(|| self.started.elapsed());
             }
             if status.is_final() {
                 state.ended = Some(Instant::now());

@@ -57,7 +57,7 @@ impl Transfer {
         let spent = self.spent_blob.take();
         let given = self.attempt.take_final_blob();
         let again = given.is_none();
-        let Some(fd) = given.or(spent.map(|Spent(fd)| fd)) else {
+        let Some(fd) = given.or_else(|| spent.map(|Spent(fd)| fd)) else {
             return Ok(None);
         };
         let patience = self.parameters.freeze_timeout;

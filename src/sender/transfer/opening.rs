@@ -93,16 +93,12 @@ impl Transfer {
                 }
                 Err(error) => return Err(error.into()),
             };
+            let (mode, streams) = (self.parameters.zero_copy, self.parameters.streams);
+            let opened = self.crew.open(connection, &setup, mode, streams);
+            let opened = opened.map_err(TransferError::local("open a stream"))?;
+            let (stats, tell) = (Arc::clone(stats), self.attempt.tell());
             self.crew
-                .start(
-                    stream,
-                    connection,
-                    setup.clone(),
-                    self.parameters.zero_copy,
-                    self.parameters.streams,
-                    Arc::clone(stats),
-                    self.attempt.tell(),
-                )
+                .start(stream, opened, setup.clone(), stats, tell)
                 .map_err(TransferError::local("start a stream"))?;
         }
         self.attempt.streams_opened(self.crew.len());
