@@ -29,7 +29,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "data plane",
         &[
-            "channel", "dirty", "stats", "stream", "freeze", "journal", "guardian",
+            "channel", "dirty", "stats", "stream", "freeze", "journal", "guardian", "history",
         ],
     ),
     (

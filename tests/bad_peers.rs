@@ -37,12 +37,28 @@ fn sender_alone(stage: &Stage) -> (Daemon, Writer) {
 
 /// Moves to `uri`, which cannot end well; checks exit code and code.
 fn assert_fails(sender: &mut Daemon, uri: &str, exit: i32, code: &str) {
-    let arguments = ["migrate", uri, "--progress", "none", "--set", "streams=2"];
+    let arguments = [
+        "migrate",
+        uri,
+        "--progress",
+        "none",
+        "--set",
+        "streams=2",
+        "--set",
+        "recover-timeout=0",
+    ];
     let (ended, text) = ended(&sender.cli(&arguments));
     let last = sender.call("query-migrate", Value::Null);
     assert_eq!(last["error"]["x-code"], code, "{last:#}");
     assert_eq!(ended, Some(exit), "{text}");
     sender.assert_alive();
+}
+
+fn prepare(streams: Vec<StreamTotals>) -> FromSender {
+    FromSender::Prepare {
+        streams,
+        blob: None,
+    }
 }
 
 #[test]
@@ -79,11 +95,13 @@ fn a_receiver_that_says_nothing_is_given_up_after_the_stall_timeout() {
     let stage = Stage::new();
     let (mut sender, writer) = sender_alone(&stage);
     let fake = FakeReceiver::start(Manners::Silent);
-    let order = json!({"uri": fake.uri, "id": "r", "stall-timeout": "300ms"});
+    let order =
+        json!({"uri": fake.uri, "id": "r", "stall-timeout": "300ms", "recover-timeout": "0"});
     sender.call("migrate", order);
     sender.wait_failed("r", "peer-silent");
     let fake = FakeReceiver::start(Manners::Acknowledges(0));
-    let order = json!({"uri": fake.uri, "id": "r", "stall-timeout": "300ms"});
+    let order =
+        json!({"uri": fake.uri, "id": "r", "stall-timeout": "300ms", "recover-timeout": "0"});
     sender.call("migrate", order);
     // Which of the two it meets first is chance: no acknowledgement, or no heartbeat.
     let failed = sender.wait("r", "failed");
@@ -177,7 +195,7 @@ fn a_conversation_that_begins_with_nonsense_ends_there() {
         offer_of("../x"),
         offer_of(""),
         FrameHeader::frame(&json!({"type": "future"})),
-        FrameHeader::frame(&FromSender::Prepare { streams: vec![] }),
+        FrameHeader::frame(&prepare(vec![])),
         damaged,
         vec![0x55; 64],
     ] {
@@ -261,7 +279,7 @@ fn a_stream_without_the_right_token_epoch_and_number_is_turned_away() {
         packets: 2,
         bytes: 0,
     }];
-    say(&mut sender.conversation, &FromSender::Prepare { streams });
+    say(&mut sender.conversation, &prepare(streams));
     let answer = hear_receiver(&mut sender.conversation);
     assert_eq!(answer, Some(FromReceiver::Prepared {}));
     drop((sender, stream));
@@ -337,7 +355,7 @@ fn an_attempt_is_not_prepared_while_a_page_is_missing_or_the_counts_differ() {
         let mut acks = vec![0; frames.len() / HEADER_BYTES * 32];
         stream.read_exact(&mut acks).unwrap();
         let streams = vec![StreamTotals { packets, bytes }];
-        say(&mut sender.conversation, &FromSender::Prepare { streams });
+        say(&mut sender.conversation, &prepare(streams));
         assert_eq!(sender.refusal(), "incomplete", "{id}");
         alone.assert_as_before();
     }
@@ -355,9 +373,7 @@ fn what_a_sender_says_out_of_place_commits_nothing() {
         let message = match id {
             "commit" => FromSender::Commit { nonce: offer.nonce },
             "offer" => FromSender::Offer(offer.clone()),
-            _ => FromSender::Prepare {
-                streams: vec![StreamTotals::default(); 300],
-            },
+            _ => prepare(vec![StreamTotals::default(); 300]),
         };
         let mut sender = FakeSender::offer(&alone.uri, offer);
         let _stream = sender.stream(0);
@@ -408,7 +424,7 @@ fn under_way() -> (Pair, Writer) {
     let mut pair = Pair::new();
     let writer = Writer::start(&pair.stage.path("r"), 4 * MIB, "2MiB/s", MIB);
     pair.add_live("r", &writer);
-    let order = json!({"max-bandwidth": "2MiB/s", "packet-size": "64KiB", "streams": 2});
+    let order = json!({"max-bandwidth": "2MiB/s", "packet-size": "64KiB", "streams": 2, "recover-timeout": "0"});
     pair.begin("r", order);
     let sent = |seen: &Value| seen["ram"]["transferred"].as_u64() > Some(MIB / 4);
     pair.sender.wait_until("r", sent);
@@ -450,8 +466,7 @@ fn a_receiver_that_hangs_is_given_up_and_has_nothing_when_it_goes_on() {
     let mut pair = Pair::new();
     let writer = Writer::start(&pair.stage.path("r"), 4 * MIB, "2MiB/s", MIB);
     pair.add_live("r", &writer);
-    let order =
-        json!({"max-bandwidth": "2MiB/s", "packet-size": "64KiB", "stall-timeout": "500ms"});
+    let order = json!({"max-bandwidth": "2MiB/s", "packet-size": "64KiB", "stall-timeout": "500ms", "recover-timeout": "0"});
     pair.begin("r", order);
     let sent = |seen: &Value| seen["ram"]["transferred"].as_u64() > Some(MIB / 4);
     pair.sender.wait_until("r", sent);

@@ -15,6 +15,7 @@ use common::memory::{MIB, assert_same, dense};
 use common::{Daemon, Pair, Stage, Writer, ended, listing};
 use memferry::freeze::{Freezer, Frozen, Process};
 use memferry::journal::{CommitSent, Decision, Journal, boot_id};
+use memferry::name::Name;
 use memferry::wire::{BootId, FromSender, Hex128, Owner};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -50,6 +51,7 @@ impl Half {
             "id": "r",
             "streams": 2,
             "stall-timeout": "1h",
+            "recover-timeout": "0",
             "max-iterations": 1,
         });
         self.sender.call("migrate", order);
@@ -450,7 +452,12 @@ impl Remains {
         let moves = vec![(self.hidden.clone(), self.stage.arrived().join("r"))];
         let journal = receivers_journal(&self.stage);
         let boot_id = journal.boot_id().unwrap();
-        let record = Decision::Committed { boot_id, moves };
+        let record = Decision::Committed {
+            boot_id,
+            id: Name::new("r").unwrap(),
+            moves,
+            blob: None,
+        };
         journal.decide(self.nonce, record).unwrap();
     }
 
@@ -524,7 +531,7 @@ fn a_live_receiver_killed_while_it_receives_owns_nothing_after_its_restart() {
     pair.add("r", &source);
     pair.begin(
         "r",
-        json!({"max-bandwidth": "1MiB/s", "packet-size": "64KiB"}),
+        json!({"max-bandwidth": "1MiB/s", "packet-size": "64KiB", "recover-timeout": "0"}),
     );
     pair.receiver.wait_arrival("r", "active");
     pair.receiver.kill();

@@ -146,6 +146,8 @@ fn over_a_unix_socket_every_mode_says_that_its_sends_are_plain() {
         );
         let silent = shown["reason"].as_str().unwrap().is_empty();
         assert_eq!(silent, mode == "off", "{shown}");
+        // Whoever forgets that it was handed over means it.
+        pair.sender.call("region-del", json!({"name": mode}));
     }
 }
 

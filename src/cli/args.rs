@@ -1,5 +1,6 @@
 //! What is typed: the verbs, their arguments, and their help texts. Nothing is decided here.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -56,6 +57,12 @@ pub enum Command {
     Status(StatusArgs),
     /// Cancel a transfer: the latest, or the one with this id. The source keeps running.
     Cancel(CancelArgs),
+    /// Let a transfer stand still at the next moment that allows it: the latest, or the one with this id.
+    /// The source keeps running, and what has arrived stays there.
+    Pause(CancelArgs),
+    /// Go on with a transfer that is paused, or that has lost its connections: now, and not when it would
+    /// have tried again.
+    Recover(RecoverArgs),
     /// Say on behalf of writers that stop themselves that they stand still, and stay so.
     ///
     /// For a transfer in `pre-switchover` whose writers (freeze `client`) were stopped by hand.
@@ -64,8 +71,17 @@ pub enum Command {
     ///
     /// Look at the destination first: if it runs there and you say `source`, it runs twice.
     Resolve(ResolveArgs),
+    /// Show the transfers of a daemon that have ended, also before its last restart.
+    History(HistoryArgs),
+    /// Write the final blob of a transfer, such as a machine's device state, to standard output. Of a
+    /// receiver: name its socket.
+    Blob(BlobArgs),
     /// Show the whole job on this host: receiver, sender and a busy writer, then compare every byte.
     Demo(DemoArgs),
+    /// Measure this machine: transfers between real daemons, beside a loop that does nothing but move bytes.
+    ///
+    /// Runs alternate, and a figure comes with the interval it lies in. See docs/performance.md.
+    Bench(BenchArgs),
     /// Run a writer that stamps pages at a steady rate and can be frozen; for trying things out.
     Workload(WorkloadArgs),
     /// Compare memory that a workload wrote with the account it kept, and name the writes that are lost.
@@ -100,6 +116,8 @@ pub enum RegionCommand {
         /// Name of the Region.
         name: Name,
     },
+    /// Take a Region that was committed from a receiver, once. Its file stays under its name.
+    Take(TakeArgs),
     /// List the Regions.
     List {
         /// Print the daemon's answer as one line of JSON.
@@ -122,6 +140,45 @@ pub struct RegionAddArgs {
     /// How the writer is stopped for the last pass: none, or pid=NUMBER to stop that process.
     #[arg(long, value_name = "KIND[=ARG]", value_parser = parse_freeze)]
     pub freeze: Option<Freeze>,
+}
+
+/// Arguments of `memferry region take`.
+#[derive(Debug, Args)]
+pub struct TakeArgs {
+    /// Name of the Region.
+    pub name: Name,
+    /// Copy it to this new file.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Run this command instead, with the memory open as the descriptor MEMFERRY_REGION_FD.
+    #[arg(
+        last = true,
+        value_name = "COMMAND",
+        required_unless_present = "output",
+        conflicts_with = "output"
+    )]
+    pub command: Vec<OsString>,
+}
+
+/// Arguments of `memferry blob`.
+#[derive(Debug, Args)]
+pub struct BlobArgs {
+    /// Id of the transfer.
+    pub id: Name,
+    /// Write it to this new file instead.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Delete it at the receiver once it is written.
+    #[arg(long)]
+    pub delete: bool,
+}
+
+/// Arguments of `memferry history`.
+#[derive(Debug, Args)]
+pub struct HistoryArgs {
+    /// Print the daemon's answer as one line of JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How changed pages are found.
@@ -206,7 +263,17 @@ pub struct StatusArgs {
     pub json: bool,
 }
 
-/// Arguments of `memferry cancel`.
+/// Arguments of `memferry recover`.
+#[derive(Debug, Args)]
+pub struct RecoverArgs {
+    /// Id of the transfer.
+    pub id: Option<Name>,
+    /// Another address of the same receiver.
+    #[arg(long)]
+    pub uri: Option<String>,
+}
+
+/// Arguments of `memferry cancel` and `memferry pause`.
 #[derive(Debug, Args)]
 pub struct CancelArgs {
     /// Id of the transfer.
@@ -257,6 +324,26 @@ pub struct DemoArgs {
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub zero_copy: String,
     /// End standard output with one line of JSON: the final state, and what the comparison found.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `memferry bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure; may be repeated. Without it, everything.
+    #[arg(long = "case", value_name = "NAME")]
+    pub cases: Vec<String>,
+    /// Size of the Region that is moved.
+    #[arg(long, default_value = "1GiB")]
+    pub size: Size,
+    /// Pairs of runs for each comparison; six or more give an interval of 95 %.
+    #[arg(long, default_value_t = 9, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub runs: u16,
+    /// Where both sides keep their memory. Huge pages need a tmpfs that is mounted with huge=advise.
+    #[arg(long, default_value = "/dev/shm", value_name = "DIRECTORY")]
+    pub directory: PathBuf,
+    /// Print everything as one line of JSON.
     #[arg(long)]
     pub json: bool,
 }
@@ -339,7 +426,7 @@ fn parse_setting(text: &str) -> Result<(String, Value), String> {
     let Some((key, value)) = text.split_once('=').filter(|(key, _)| !key.is_empty()) else {
         return Err("write it as KEY=VALUE".into());
     };
-    if ["uri", "id", "regions", "dry-run"].contains(&key) {
+    if ["uri", "id", "regions", "dry-run", "final-fdname"].contains(&key) {
         return Err(format!("{key} has an argument of its own"));
     }
     let parsed = serde_json::from_str(value)

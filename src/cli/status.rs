@@ -74,6 +74,13 @@ fn summary(answer: &Value) -> Vec<String> {
         let code = code.map(|code| format!(" [{}]", printable(code)));
         row("error", printable(desc) + &code.unwrap_or_default());
     }
+    if let Some(desc) = answer["interruption"]["desc"].as_str() {
+        let times = number(&answer["recoveries"]);
+        row(
+            "interrupted",
+            format!("{times:.0} ×, the last time: {}", printable(desc)),
+        );
+    }
     if let Some(told) = owner(status, answer) {
         row("owner", told.to_owned());
     }
@@ -148,7 +155,9 @@ fn downtime(answer: &Value) -> Option<String> {
         };
         return Some(format!("{told:.0} ms{how}"));
     };
-    let parts = ["freeze", "send", "check", "prepare", "commit"];
+    let parts = [
+        "freeze", "scan", "send", "flush", "check", "blob", "prepare", "commit",
+    ];
     let parts: Vec<_> = parts
         .iter()
         .filter_map(|part| {

@@ -3,10 +3,11 @@
 use std::io;
 
 use crate::assembly::Violation;
+use crate::limits::BLOB_BYTES_MAX;
 use crate::peer::PeerError;
 use crate::region::RegionError;
 use crate::stream::StreamError;
-use crate::wire::FromSender;
+use crate::wire::{BlobAccount, FromSender};
 
 use super::admission::Refusal;
 
@@ -25,14 +26,21 @@ pub(super) enum AttemptError {
     Incomplete(#[from] Violation),
     #[error(transparent)]
     Region(#[from] RegionError),
+    #[error(
+        "the final blob that arrived is not the one that was sent: {arrived:?} and {account:?}"
+    )]
+    Blob {
+        arrived: Option<BlobAccount>,
+        account: Option<BlobAccount>,
+    },
+    #[error("the final blob has {bytes} bytes or more, {BLOB_BYTES_MAX} are allowed")]
+    BlobTooLarge { bytes: u64 },
     #[error("stream {0} ended before the transfer did")]
     StreamEnded(u16),
-    #[error("{arrived} of {streams} streams arrived within {seconds} s (stall-timeout)")]
-    StreamsMissing {
-        arrived: usize,
-        streams: u16,
-        seconds: f32,
-    },
+    #[error("the sender has connected again")]
+    Superseded,
+    #[error("the sender has given this transfer up")]
+    GivenUp,
     #[error("the peer said {0} where the protocol has no place for it")]
     OutOfPlace(String),
     #[error("cannot {doing}: {source}")]
@@ -49,12 +57,23 @@ impl AttemptError {
             Self::Aborted { code, .. } => code,
             Self::Peer(error) => error.code(),
             Self::Stream(error) => error.code(),
-            Self::Incomplete(_) => "incomplete",
+            Self::Incomplete(_) | Self::Blob { .. } => "incomplete",
+            Self::BlobTooLarge { .. } => "too-large",
             Self::Region(error) => error.code(),
-            Self::StreamEnded(_) => "connection-lost",
-            Self::StreamsMissing { .. } => "stalled",
+            Self::StreamEnded(_) | Self::Superseded => "connection-lost",
+            Self::GivenUp => "cancelled",
             Self::OutOfPlace(_) => "protocol",
             Self::Local { .. } => "receiver-failed",
+        }
+    }
+
+    /// Whether only connections were lost: the attempt can go on over others.
+    pub(super) fn is_interruption(&self) -> bool {
+        match self {
+            Self::Peer(error) => error.is_loss(),
+            Self::Stream(error) => error.is_loss(),
+            Self::StreamEnded(_) | Self::Superseded => true,
+            _ => false,
         }
     }
 

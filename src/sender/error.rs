@@ -1,12 +1,14 @@
 //! Why a transfer failed, as the operator is told.
 
 use std::io;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::config::CpuList;
 use crate::dirty::TrackerError;
 use crate::freeze::FreezeError;
+use crate::limits::BLOB_BYTES_MAX;
 use crate::name::Name;
 use crate::peer::PeerError;
 use crate::region::RegionError;
@@ -21,6 +23,14 @@ pub(super) enum TransferError {
     Refused { code: String, desc: String },
     #[error(transparent)]
     Peer(#[from] PeerError),
+    #[error("{desc}")]
+    Interrupted { code: String, desc: String },
+    #[error("{cause}; not recovered within {seconds} s (recover-timeout){last}")]
+    NotRecovered {
+        cause: Box<TransferError>,
+        seconds: f32,
+        last: String,
+    },
     #[error(transparent)]
     Stream(#[from] StreamError),
     #[error(transparent)]
@@ -65,6 +75,12 @@ pub(super) enum TransferError {
         "region {name}: tracker scan of a live writer needs integrity = \"crc32c\": without checksums a value that comes and goes between two scans is lost"
     )]
     ScanWithoutIntegrity { name: Name },
+    #[error(
+        "cannot read the final blob: {source}: a file is read whole, a pipe to its end within freeze-timeout"
+    )]
+    BlobUnread { source: io::Error },
+    #[error("the final blob is longer than {BLOB_BYTES_MAX} bytes")]
+    BlobTooLarge,
     #[error("no CPU of cpus = \"{list}\" is one that the sender may use: it may use {usable:?}")]
     NoCpu { list: CpuList, usable: Vec<usize> },
     #[error("{0} is not served by this version")]
@@ -83,7 +99,8 @@ impl TransferError {
     pub(super) fn code(&self) -> &str {
         match self {
             Self::Cancelled => "cancelled",
-            Self::Refused { code, .. } => code,
+            Self::Refused { code, .. } | Self::Interrupted { code, .. } => code,
+            Self::NotRecovered { cause, .. } => cause.code(),
             Self::Peer(error) => error.code(),
             Self::Stream(error) => error.code(),
             Self::Region(error) => error.code(),
@@ -97,6 +114,8 @@ impl TransferError {
             Self::NotFrozen { .. } => "not-frozen",
             Self::Corrupt { .. } => "corrupt",
             Self::ScanWithoutIntegrity { .. } | Self::NotServed(_) => "invalid-argument",
+            Self::BlobUnread { .. } => "blob-read",
+            Self::BlobTooLarge => "too-large",
             Self::NoCpu { .. } => "no-such-cpu",
             Self::OutOfPlace(_) => "protocol",
             Self::SenderDied | Self::Local { .. } => "sender-failed",
@@ -106,6 +125,25 @@ impl TransferError {
     /// For `map_err`: what was tried.
     pub(super) fn local(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Local { doing, source }
+    }
+
+    /// Whether only connections were lost: the attempt can go on over others.
+    pub(super) fn is_interruption(&self) -> bool {
+        match self {
+            Self::Interrupted { .. } => true,
+            Self::Peer(error) => error.is_loss(),
+            Self::Stream(error) => error.is_loss(),
+            _ => false,
+        }
+    }
+
+    /// `cause` was not got over; `last` is what the last try met.
+    pub(super) fn not_recovered(cause: Self, limit: Duration, last: Option<Self>) -> Self {
+        Self::NotRecovered {
+            cause: Box::new(cause),
+            seconds: limit.as_secs_f32(),
+            last: last.map_or_else(String::new, |error| format!(": {error}")),
+        }
     }
 
     /// As `query-migrate` shows it.

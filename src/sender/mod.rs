@@ -11,6 +11,9 @@ mod commands;
 mod crew;
 mod debt;
 mod error;
+mod hold;
+mod moved;
+mod populate;
 mod registry;
 mod resolve;
 mod standstill;
@@ -30,6 +33,7 @@ use crate::config::{SenderConfig, TransferParameters, load_sender};
 use crate::control::{CommandError, EventBus, Server};
 use crate::daemon::{self, DaemonError};
 use crate::guardian::{Asked, Guardian};
+use crate::history::History;
 use crate::journal::{self, CommitSent, Journal};
 use crate::limits::ATTEMPTS_REMEMBERED_MAX;
 use crate::name::Name;
@@ -38,6 +42,7 @@ use crate::wire::{BootId, Owner};
 
 use clients::Clients;
 use error::TransferError;
+use moved::Moved;
 use registry::{Claim, Registry, Source};
 use status::{Attempt, Status};
 use transfer::{Order, Outcome, Transfer};
@@ -52,13 +57,16 @@ struct Sender {
     journal: Arc<Journal>,
     guardian: Arc<Mutex<Guardian>>,
     boot_id: BootId,
+    /// What receivers know this daemon by: its boot and its journal.
+    identity: BootId,
     events: EventBus,
+    history: Arc<History>,
     state: Mutex<State>,
     transfers: TaskTracker,
     shutdown: CancellationToken,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     registry: Registry,
     /// Attempts by id, and the order in which they were started.
@@ -123,23 +131,25 @@ impl Sender {
             Ok(transfer) => transfer.drive().await,
             Err(error) => Err(error),
         };
-        let moved = match driven {
+        match driven {
             Ok(Outcome::Committed(record)) => {
+                self.lock().registry.release(&claim, true);
                 self.forget(&record);
                 attempt.enter(Status::Completed);
-                true
             }
             Ok(Outcome::Indeterminate(record)) => {
-                let owner =
-                    resolve::resolve(&attempt, &record, &self.journal, &self.shutdown).await;
-                owner != Some(Owner::Source)
+                // Without an answer the claim stands until the daemon ends.
+                if let Some(owner) = resolve::resolve(&attempt, &record, &self.shutdown).await {
+                    let moved = owner != Owner::Source;
+                    self.lock().registry.release(&claim, moved);
+                    self.forget(&record);
+                }
             }
             Err(error) => {
                 attempt.fail(&error);
-                false
+                self.lock().registry.release(&claim, false);
             }
-        };
-        self.lock().registry.release(&claim, moved);
+        }
     }
 
     fn forget(&self, record: &CommitSent) {
@@ -156,13 +166,13 @@ impl Sender {
             self.add_attempt(&attempt);
             let sender = Arc::clone(self);
             self.transfers.spawn(async move {
-                let owner =
-                    resolve::resolve(&attempt, &record, &sender.journal, &sender.shutdown).await;
+                let owner = resolve::resolve(&attempt, &record, &sender.shutdown).await;
                 if owner == Some(Owner::Destination) {
-                    sender
-                        .lock()
-                        .registry
-                        .set_moved(&attempt.regions, &attempt.id);
+                    let mut state = sender.lock();
+                    state.registry.set_moved(&attempt.regions, &attempt.id);
+                }
+                if owner.is_some() {
+                    sender.forget(&record);
                 }
             });
         }
@@ -171,8 +181,9 @@ impl Sender {
 
     /// An attempt of an earlier run of the daemon.
     fn of_the_past(&self, id: Name, regions: Vec<Name>) -> Arc<Attempt> {
-        let (events, clients) = (self.events.clone(), Clients::default());
-        Attempt::new(id, regions, 0, self.parameters.clone(), events, clients)
+        let (events, history) = (self.events.clone(), self.history.clone());
+        let (parameters, clients) = (self.parameters.clone(), Clients::default());
+        Attempt::new(id, regions, 0, parameters, events, history, clients)
     }
 
     /// Has an answer for clients that stand still and come to ask what became of their attempt.
@@ -231,13 +242,26 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
     let given_up = guardian
         .given_up()
         .map_err(DaemonError::setup("read the notes about stopped writers"))?;
+    let boot_id = journal::boot_id().map_err(DaemonError::setup("read the boot id"))?;
+    let moved = Moved::open(runtime, boot_id.clone()).map_err(DaemonError::setup(
+        "read what was handed over in state.runtime-directory",
+    ))?;
+    let state = State {
+        registry: Registry::new(moved),
+        attempts: HashMap::new(),
+        order: Vec::new(),
+    };
     let sender = Arc::new(Sender {
         guardian: Arc::new(Mutex::new(guardian)),
         parameters: config.transfer,
+        identity: journal.boot_id().map_err(DaemonError::setup(
+            "read the boot id and the journal's identity",
+        ))?,
         journal: Arc::new(journal),
-        boot_id: journal::boot_id().map_err(DaemonError::setup("read the boot id"))?,
+        boot_id,
         events: EventBus::new(),
-        state: Mutex::default(),
+        history: Arc::new(History::open(&config.state.directory, "sender")),
+        state: Mutex::new(state),
         transfers: TaskTracker::new(),
         shutdown: shutdown.clone(),
     });

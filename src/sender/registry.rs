@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
@@ -16,6 +17,8 @@ use crate::pages::PageSet;
 use crate::region::Region;
 
 use super::clients::Registrant;
+use super::moved::Moved;
+use super::populate::{Populated, Populator};
 
 /// A Region as it was added.
 #[derive(Debug, Clone)]
@@ -26,12 +29,19 @@ pub(super) struct Registered {
     tracker: TrackerConfig,
     pub(super) freeze: FreezeConfig,
     pub(super) freezer: Freezer,
+    populated: Populated,
     /// Who is asked with freeze `client`.
     pub(super) client: Option<Registrant>,
     hold: Hold,
 }
 
 impl Registered {
+    /// It has another owner now; that is written down first.
+    fn hand_over(&mut self, attempt: &Name, moved: &Moved) {
+        moved.add(&self.region, attempt);
+        self.hold = Hold::Moved(attempt.clone());
+    }
+
     /// Whether stopping the writer of one is stopping that of the other.
     fn has_writer_of(&self, other: &Self) -> bool {
         let client = |registered: &Self| registered.client.as_ref().map(|client| client.id);
@@ -116,13 +126,26 @@ pub(super) struct Claim {
 }
 
 /// All Regions, by name.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Registry {
     regions: BTreeMap<Name, Registered>,
+    populator: Populator,
     claims: u64,
+    /// What was handed over, also by earlier runs of the daemon.
+    moved: Moved,
 }
 
 impl Registry {
+    /// No Regions yet.
+    pub(super) fn new(moved: Moved) -> Self {
+        Self {
+            populator: Populator::default(),
+            regions: BTreeMap::new(),
+            claims: 0,
+            moved,
+        }
+    }
+
     /// Adds a Region by its path or descriptor; checks now what can be checked now.
     pub(super) fn add(
         &mut self,
@@ -167,14 +190,17 @@ impl Registry {
                 Freezer::Pid(Arc::new(process))
             }
         };
+        let region = Arc::new(region);
+        let moved = self.moved.find(&region);
         let registered = Registered {
-            region: Arc::new(region),
+            populated: self.populator.add(&region),
+            region,
             tracking,
             tracker,
             freeze,
             freezer,
             client,
-            hold: Hold::Free,
+            hold: moved.map_or(Hold::Free, Hold::Moved),
         };
         self.regions.insert(name, registered);
         Ok(())
@@ -204,7 +230,9 @@ impl Registry {
         match &self.known(name)?.hold {
             Hold::Claimed(claim) => Err(busy(name, &claim.id)),
             Hold::Free | Hold::Moved(_) => {
-                self.regions.remove(name);
+                if let Some(gone) = self.regions.remove(name) {
+                    self.moved.forget(&gone.region);
+                }
                 Ok(())
             }
         }
@@ -289,11 +317,11 @@ impl Registry {
     pub(super) fn release(&mut self, claim: &Claim, moved: bool) {
         for registered in self.regions.values_mut() {
             if registered.hold == Hold::Claimed(claim.clone()) {
-                registered.hold = if moved {
-                    Hold::Moved(claim.id.clone())
+                if moved {
+                    registered.hand_over(&claim.id, &self.moved);
                 } else {
-                    Hold::Free
-                };
+                    registered.hold = Hold::Free;
+                }
             }
         }
     }
@@ -302,7 +330,7 @@ impl Registry {
     pub(super) fn set_moved(&mut self, names: &[Name], attempt: &Name) {
         for name in names {
             if let Some(registered) = self.regions.get_mut(name) {
-                registered.hold = Hold::Moved(attempt.clone());
+                registered.hand_over(attempt, &self.moved);
             }
         }
     }
@@ -320,6 +348,7 @@ impl Registry {
                 "name": name,
                 "size": region.bytes(),
                 "allocated": region.allocated_bytes().unwrap_or(0),
+                "populated": registered.populated.load(Ordering::Relaxed),
                 "page-size": region.page_size(),
                 "path": region.origin(),
                 "tracker": registered.tracker,

@@ -21,12 +21,11 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(super) async fn resolve(
     attempt: &Attempt,
     record: &CommitSent,
-    journal: &Journal,
     shutdown: &CancellationToken,
 ) -> Option<Owner> {
     attempt.enter(Status::Indeterminate);
     let mut told = false;
-    let owner = loop {
+    loop {
         let asked = tokio::select! {
             biased;
             () = shutdown.cancelled() => return None,
@@ -39,7 +38,7 @@ pub(super) async fn resolve(
         match asked {
             Ok(Owner::Destination) => {
                 attempt.enter(Status::Completed);
-                break Owner::Destination;
+                return Some(Owner::Destination);
             }
             Ok(Owner::Source) if !thaw(record) => {}
             Ok(Owner::Source) => {
@@ -48,7 +47,7 @@ pub(super) async fn resolve(
                     desc: "the receiver does not own the regions: the writer goes on here"
                         .to_owned(),
                 });
-                break Owner::Source;
+                return Some(Owner::Source);
             }
             Ok(Owner::Unknown) if !told => {
                 tracing::error!(id = %attempt.id, "the receiver was booted since the commit and cannot know who owns the regions: look at the destination, and decide with `memferry resolve`");
@@ -65,11 +64,7 @@ pub(super) async fn resolve(
             _ = attempt.decided() => {}
             () = shutdown.cancelled() => return None,
         }
-    };
-    if let Err(error) = journal.remove(record.nonce) {
-        tracing::warn!(id = %attempt.id, %error, "cannot remove the record of a decided transfer");
     }
-    Some(owner)
 }
 
 async fn ask(record: &CommitSent, patience: Duration) -> Result<Owner, PeerError> {

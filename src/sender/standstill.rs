@@ -26,6 +26,8 @@ pub(super) struct Standstill {
     asked: bool,
     freezing: Option<JoinHandle<Result<Frozen, FreezeError>>>,
     frozen: Frozen,
+    /// The writers were seen to stand still, and not let go since.
+    stands: bool,
     since: Instant,
 }
 
@@ -44,8 +46,14 @@ impl Standstill {
             asked: false,
             freezing: None,
             frozen,
+            stands: false,
             since,
         }
+    }
+
+    /// Whether the writers stand still.
+    pub(super) fn is_frozen(&self) -> bool {
+        self.stands
     }
 
     fn guardian(&self) -> MutexGuard<'_, Guardian> {
@@ -84,6 +92,7 @@ impl Standstill {
             self.frozen =
                 frozen.map_err(|error| TransferError::local("freeze")(error.into()))??;
         }
+        self.stands = true;
         attempt.enter(Status::Device);
         Ok(())
     }
@@ -132,7 +141,8 @@ impl Standstill {
     }
 
     /// Lets the writers go on.
-    pub(super) async fn thaw(mut self) {
+    pub(super) async fn thaw(&mut self) {
+        self.stands = false;
         drop(std::mem::take(&mut self.frozen));
         self.release_clients();
         if let Some(freezing) = self.freezing.take() {

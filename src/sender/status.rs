@@ -1,5 +1,6 @@
 //! What is known of an attempt, and how `query-migrate` shows it.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::TransferParameters;
 use crate::control::{ClientId, EventBus};
+use crate::endpoint::Endpoint;
+use crate::history::History;
 use crate::limits::PAGE_BYTES;
 use crate::name::Name;
 use crate::stats::StreamStats;
@@ -16,6 +19,7 @@ use crate::stream::{Fallback, Tell};
 use crate::wire::Owner;
 
 use super::clients::{Clients, Said};
+use super::hold::Hold;
 
 /// Payload in one Iteration that is enough to judge a rate by.
 const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
@@ -25,6 +29,8 @@ const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
 pub(super) enum Status {
     Setup,
     Active,
+    Paused,
+    Recover,
     PreSwitchover,
     Device,
     Completing,
@@ -40,6 +46,8 @@ impl Status {
         match self {
             Self::Setup => "setup",
             Self::Active => "active",
+            Self::Paused => "paused",
+            Self::Recover => "recover",
             Self::PreSwitchover => "pre-switchover",
             Self::Device => "device",
             Self::Completing => "completing",
@@ -72,12 +80,20 @@ pub(super) struct IterationRow {
     pub(super) flush_time: Duration,
 }
 
-/// Times around the freeze, each from its start.
+/// How the downtime was spent: one after the other, up to `total`.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Downtime {
     pub(super) freeze: Duration,
+    /// Asking the trackers, and reading what has to be looked at.
+    pub(super) scan: Duration,
+    /// Sending what was left until all of it was applied, without the waits for its release.
     pub(super) send: Duration,
+    /// Waiting for the release of lent memory.
+    pub(super) flush: Duration,
+    /// Reading once more what is tracked by reading.
     pub(super) check: Duration,
+    /// The final blob.
+    pub(super) blob: Duration,
     pub(super) prepare: Duration,
     pub(super) commit: Duration,
     pub(super) total: Duration,
@@ -88,6 +104,13 @@ struct State {
     status: Status,
     /// The commit was recorded: there is no way back by cancelling.
     commit_sent: bool,
+    /// The writers are being stopped, or stand still.
+    freezing: bool,
+    /// How often all connections were lost, and why the last time.
+    interruptions: u64,
+    interruption: Option<Value>,
+    /// Streams that are open, once they were opened.
+    streams_open: u16,
     ended: Option<Instant>,
     setup_time: Option<Duration>,
     expected_downtime: Option<Duration>,
@@ -96,6 +119,7 @@ struct State {
     bytes_per_second: u64,
     iterations: Vec<IterationRow>,
     downtime: Option<Downtime>,
+    blob_bytes: Option<u64>,
     error: Option<Value>,
 }
 
@@ -109,9 +133,14 @@ pub(super) struct Attempt {
     pub(super) streams: Vec<Arc<StreamStats>>,
     pub(super) cancel: CancellationToken,
     pub(super) started: Instant,
+    /// Whether the operator wants it to stand still.
+    pub(super) hold: Hold,
     /// What the operator says about who owns the Regions.
     decision: watch::Sender<Option<Owner>>,
     events: EventBus,
+    history: Arc<History>,
+    /// Where the final blob is read from.
+    final_blob: Mutex<Option<OwnedFd>>,
     /// Writers that stop themselves.
     pub(super) clients: Clients,
     state: Mutex<State>,
@@ -124,24 +153,33 @@ impl Attempt {
         total_bytes: u64,
         parameters: TransferParameters,
         events: EventBus,
+        history: Arc<History>,
         clients: Clients,
     ) -> Arc<Self> {
+        let streams = parameters.streams;
         let attempt = Self {
             id,
             regions,
             total_bytes,
             streams: std::iter::repeat_with(Arc::default)
-                .take(parameters.streams.into())
+                .take(streams.into())
                 .collect(),
             parameters,
             cancel: CancellationToken::new(),
+            hold: Hold::new(),
             started: Instant::now(),
             decision: watch::Sender::new(None),
             events,
+            history,
+            final_blob: Mutex::new(None),
             clients,
             state: Mutex::new(State {
                 status: Status::Setup,
                 commit_sent: false,
+                freezing: false,
+                interruptions: 0,
+                interruption: None,
+                streams_open: streams,
                 ended: None,
                 setup_time: None,
                 expected_downtime: None,
@@ -150,6 +188,7 @@ impl Attempt {
                 bytes_per_second: 0,
                 iterations: Vec::new(),
                 downtime: None,
+                blob_bytes: None,
                 error: None,
             }),
         };
@@ -197,7 +236,9 @@ impl Attempt {
             }
             state.status = status;
             if status == Status::Active {
-                state.setup_time = Some(self.started.elapsed());
+                state
+                    .setup_time
+                    .get_or_insert_with(|| self.started.elapsed());
             }
             if status.is_final() {
                 state.ended = Some(Instant::now());
@@ -207,6 +248,9 @@ impl Attempt {
             }
         }
         tracing::info!(id = %self.id, status = status.as_str(), "transfer");
+        if status.is_final() {
+            self.history.add(self.to_json());
+        }
         self.announce(status);
     }
 
@@ -243,6 +287,69 @@ impl Attempt {
         }
         self.announce(Status::Cancelling);
         true
+    }
+
+    /// All connections are lost, for this reason.
+    pub(super) fn interrupted(&self, error: &super::error::TransferError) {
+        tracing::warn!(id = %self.id, code = error.code(), %error, "interrupted");
+        {
+            let mut state = self.lock();
+            state.interruptions += 1;
+            state.interruption = Some(error.to_json());
+        }
+        self.enter(Status::Paused);
+    }
+
+    /// So many streams are open now; fewer or more than before is news.
+    pub(super) fn streams_opened(&self, streams: u16) {
+        let before = std::mem::replace(&mut self.lock().streams_open, streams);
+        if streams != before {
+            let asked = self.parameters.streams;
+            let data = json!({"id": self.id, "streams": streams, "requested": asked});
+            self.events.publish("STREAM_CHANGED", data);
+        }
+    }
+
+    /// Bytes that were acknowledged as in place and intact, those that came again included.
+    pub(super) fn applied_bytes(&self) -> u64 {
+        let settled = self.sum(|s| s.settled_bytes.get());
+        settled.saturating_sub(self.sum(|s| s.torn_pages.get()) * PAGE_BYTES)
+    }
+
+    /// The operator wants a pause; `false` if it is no time for that.
+    pub(super) fn request_pause(&self) -> bool {
+        let state = self.lock();
+        let possible = match state.status {
+            Status::Setup | Status::Active | Status::Paused | Status::Recover => !state.freezing,
+            _ => false,
+        };
+        if possible {
+            self.hold.set();
+        }
+        possible
+    }
+
+    /// The operator wants to go on, at another address maybe; `false` if it does not stand still.
+    pub(super) fn request_recover(&self, endpoint: Option<Endpoint>) -> bool {
+        let state = self.lock();
+        let held = self.hold.release();
+        let stands = matches!(state.status, Status::Paused | Status::Recover);
+        if held || stands {
+            self.hold.go_on(endpoint);
+        }
+        held || stands
+    }
+
+    /// The writers are about to be stopped; `false` if a pause was wanted first. One lock decides which.
+    pub(super) fn begin_freeze(&self) -> bool {
+        let mut state = self.lock();
+        state.freezing = !self.hold.is_set();
+        state.freezing
+    }
+
+    /// The writers go on.
+    pub(super) fn thawed(&self) {
+        self.lock().freezing = false;
     }
 
     /// The operator says who owns the Regions; `false` if that is no question now.
@@ -318,6 +425,28 @@ impl Attempt {
         self.lock().expected_downtime = Some(downtime);
     }
 
+    /// Names the descriptor that the final blob is read from; `false` if there is one already.
+    pub(super) fn give_final_blob(&self, fd: OwnedFd) -> bool {
+        let mut blob = self.lock_final_blob();
+        let first = blob.is_none();
+        blob.get_or_insert(fd);
+        first
+    }
+
+    pub(super) fn take_final_blob(&self) -> Option<OwnedFd> {
+        self.lock_final_blob().take()
+    }
+
+    fn lock_final_blob(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.final_blob
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_blob_bytes(&self, bytes: u64) {
+        self.lock().blob_bytes = Some(bytes);
+    }
+
     pub(super) fn set_downtime(&self, downtime: Downtime) {
         self.lock().downtime = Some(downtime);
     }
@@ -333,7 +462,7 @@ impl Attempt {
         let transferred = self.sum(|s| s.transferred.get());
         // What this pass has settled so far is no longer to be sent.
         let remaining = match (state.iterations.len(), state.status) {
-            (0, Status::Setup | Status::Active) => self
+            (0, Status::Setup | Status::Active | Status::Paused | Status::Recover) => self
                 .total_bytes
                 .saturating_sub(self.sum(|s| s.settled_bytes.get())),
             _ => state.remaining_bytes,
@@ -359,9 +488,14 @@ impl Attempt {
                 "dirty-sync-missed-zero-copy": self.sum(|s| s.missed_zero_copy.get()),
             },
             "zero-copy": self.zero_copy(),
+            "streams": state.streams_open,
+            "recoveries": state.interruptions,
             "iterations": state.iterations.iter().map(row).collect::<Vec<_>>(),
             "parameters": self.parameters.to_json(),
         });
+        if let Some(interruption) = &state.interruption {
+            shown["interruption"] = interruption.clone();
+        }
         if let Some(time) = state.setup_time {
             shown["setup-time"] = ms(time);
         }
@@ -370,13 +504,19 @@ impl Attempt {
             shown["downtime-us"] = us(downtime.total);
             shown["downtime-breakdown-us"] = json!({
                 "freeze": us(downtime.freeze),
+                "scan": us(downtime.scan),
                 "send": us(downtime.send),
+                "flush": us(downtime.flush),
                 "check": us(downtime.check),
+                "blob": us(downtime.blob),
                 "prepare": us(downtime.prepare),
                 "commit": us(downtime.commit),
             });
         } else if let Some(expected) = state.expected_downtime {
             shown["expected-downtime"] = ms(expected);
+        }
+        if let Some(bytes) = state.blob_bytes {
+            shown["blob-size"] = bytes.into();
         }
         if let Some(error) = &state.error {
             shown["error"] = error.clone();

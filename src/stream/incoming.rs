@@ -24,9 +24,14 @@ pub trait Destination: Send + Sync + std::fmt::Debug {
     /// The memory, mapped for writing.
     fn region(&self) -> &Region;
 
-    /// Makes `range` read as zeros, giving its memory back where that is possible. Called only for
-    /// ranges that had payload placed in them.
+    /// Makes `range` read as zeros, giving its memory back where that is possible. For memory that
+    /// is blank, called only for ranges that had payload placed in them.
     fn clear(&self, range: PageRange) -> io::Result<()>;
+
+    /// Whether it reads as zeros wherever nothing was placed; otherwise every zero is cleared.
+    fn is_blank(&self) -> bool {
+        true
+    }
 }
 
 /// What the streams of an attempt share.
@@ -128,6 +133,11 @@ impl<D: Destination> IncomingStream<D> {
 
         let mut spans = Vec::with_capacity(self.table.extents.len());
         for range in self.table.data() {
+            // What comes for the first time would fault page by page. Only what has payload: a hole of
+            // the source stays one.
+            if !incoming.was_written(range) {
+                region.populate(range);
+            }
             incoming.placing(range);
             spans.push(region.span_mut(range));
         }
@@ -179,7 +189,7 @@ impl<D: Destination> IncomingStream<D> {
             let expected = checksums
                 .next()
                 .expect("the table was checked to have one per block");
-            if crc32c(region.read(block, &mut self.buffer)?) == *expected {
+            if crc32c(region.read_mapped(block, &mut self.buffer)?) == *expected {
                 incoming.intact(block);
             } else {
                 self.torn.push(block);
@@ -189,6 +199,8 @@ impl<D: Destination> IncomingStream<D> {
     }
 
     fn acknowledge(&mut self, sequence: u64, iteration: u32) -> Result<(), StreamError> {
+        // Whether or not the sender gets to hear it.
+        self.assembly.applied(self.index, sequence);
         let ack = Ack {
             epoch: self.assembly.epoch(),
             sequence,
@@ -233,13 +245,13 @@ impl<D: Destination> IncomingStream<D> {
     }
 }
 
-/// Zero pages and holes: a fresh destination reads as zeros wherever nothing was placed.
+/// Zero pages and holes.
 fn clear<D: Destination>(
     destination: &D,
     incoming: &Incoming,
     range: PageRange,
 ) -> Result<(), StreamError> {
-    if incoming.was_written(range) {
+    if !destination.is_blank() || incoming.was_written(range) {
         let region = destination.region();
         destination
             .clear(range)

@@ -13,6 +13,7 @@ use crate::wire::{FromReceiver, FromSender};
 use super::super::clients::Said;
 use super::super::error::TransferError;
 use super::super::status::Status;
+use super::blob::Blob;
 use super::{Outcome, Transfer, Writer, under_way, unexpected};
 
 impl Transfer {
@@ -34,6 +35,7 @@ impl Transfer {
     /// The last Iteration, again for what arrives damaged: nothing writes now, so what does not match
     /// its checksum was changed on the way.
     pub(super) async fn settle(&mut self) -> Result<(), TransferError> {
+        let asked = self.standstill.elapsed() - self.downtime.freeze;
         let (mut least, mut progress) = (u64::MAX, Instant::now());
         // What is found by reading is not known before it is read.
         let mut unread = self.scans();
@@ -50,7 +52,13 @@ impl Transfer {
                 });
             }
         }
-        self.downtime.send = self.standstill.elapsed() - self.downtime.freeze;
+        // What the streams spent reading and flushing is theirs, and they overlap: it is all cut to the
+        // time that has passed.
+        let passes = self.standstill.elapsed() - self.downtime.freeze - asked;
+        let read = self.downtime.scan.min(passes);
+        self.downtime.scan = asked + read;
+        self.downtime.flush = self.downtime.flush.min(passes - read);
+        self.downtime.send = passes - read - self.downtime.flush;
         Ok(())
     }
 
@@ -69,9 +77,9 @@ impl Transfer {
         if self.scans() {
             let plan = self
                 .debt
-                .plan(self.iteration, self.parameters.packet_size)
+                .plan(self.iteration, false, self.parameters.packet_size)
                 .await?;
-            let reports = self.pass(plan, Pass::Check).await?;
+            let (reports, _) = self.pass(plan, Pass::Check).await?;
             let pages = reports.iter().map(|report| report.pages).sum();
             if pages > 0 {
                 return Err(TransferError::NotFrozen { pages });
@@ -87,7 +95,11 @@ impl Transfer {
         let started = Instant::now();
         let streams = self.totals.clone();
         let talk = under_way(&mut self.talk)?;
-        talk.say(&FromSender::Prepare { streams }).await?;
+        talk.say(&FromSender::Prepare {
+            streams,
+            blob: self.blob.as_ref().map(Blob::account),
+        })
+        .await?;
         // Heartbeats are no progress, and the writer stands still meanwhile.
         let patience = self.parameters.stall_timeout;
         // While the receiver makes itself ready, every tracker is asked once more; and writers that stopped
@@ -151,7 +163,8 @@ impl Transfer {
         };
         let answer = answer.await;
         let now = Instant::now();
-        self.crew.finish().await;
+        // Everything that was lent was released before the last mark was acknowledged.
+        let _ = self.crew.finish().await;
         match answer {
             Ok(FromReceiver::Committed {}) => {
                 self.downtime.commit = now - started;
