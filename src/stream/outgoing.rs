@@ -310,6 +310,10 @@ impl OutgoingStream {
         if !self.lending.lends() {
             return WriteFlags::NONE;
         }
+        if !self.lending.works() {
+            // Registering pins the whole Region: for nothing, if the kernel copies.
+            return WriteFlags::ZERO_COPY;
+        }
         // Registered pages go stale where a hole is punched. A stale page arrives torn and is owed again,
         // so at the last it has to come from the file itself.
         let (_, tracker) = &self.setup.regions[region as usize];
