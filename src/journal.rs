@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::freeze::StoppedProcess;
+use crate::freeze::Stopped;
 use crate::name::Name;
 use crate::wire::{BootId, Hex128};
 
@@ -43,7 +43,7 @@ pub struct CommitSent {
     /// What is moved.
     pub regions: Vec<Name>,
     /// Who stands still until it is known who owns the memory.
-    pub stopped: Vec<StoppedProcess>,
+    pub stopped: Vec<Stopped>,
 }
 
 /// What a receiver has decided about a nonce.

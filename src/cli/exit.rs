@@ -51,7 +51,7 @@ impl Exit {
             "invalid-argument" => Self::Usage,
             "access-denied" => Self::Unreachable,
             "unreachable" | "connection-lost" | "peer-silent" | "stalled" | "line-damage"
-            | "protocol" | "not-frozen" | "receiver-failed" => Self::Failed,
+            | "protocol" | "not-frozen" | "freeze-failed" | "receiver-failed" => Self::Failed,
             // Why a Region cannot be added or moved, or a request cannot be followed: if it ends a
             // transfer, that transfer has failed, and otherwise nothing was begun.
             "region-open"

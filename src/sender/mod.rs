@@ -125,8 +125,9 @@ impl Sender {
         };
         let moved = match driven {
             Ok(Outcome::Committed(record)) => {
-                self.forget(&record);
                 attempt.enter(Status::Completed);
+                resolve::finish(&record).await;
+                self.forget(&record);
                 true
             }
             Ok(Outcome::Indeterminate(record)) => {

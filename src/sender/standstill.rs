@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
-use crate::freeze::{FreezeError, Freezer, Frozen, StoppedProcess};
+use crate::freeze::{FreezeError, Freezer, Frozen, Stopped};
 use crate::guardian::{Asked, Guardian};
 use crate::wire::Hex128;
 
@@ -120,7 +120,7 @@ impl Standstill {
     }
 
     /// Whom a commit record has to name.
-    pub(super) fn record(&self) -> Vec<StoppedProcess> {
+    pub(super) fn record(&self) -> Vec<Stopped> {
         self.frozen.record()
     }
 
@@ -133,8 +133,10 @@ impl Standstill {
 
     /// Lets the writers go on.
     pub(super) async fn thaw(mut self) {
-        drop(std::mem::take(&mut self.frozen));
         self.release_clients();
+        let frozen = std::mem::take(&mut self.frozen);
+        // It may have to wait for a command.
+        let _ = spawn_blocking(move || drop(frozen)).await;
         if let Some(freezing) = self.freezing.take() {
             drop(freezing.await);
         }
