@@ -48,6 +48,8 @@ const ALSO_PURE: &[&str] = &[
     "config/cpus.rs",
     "config/units.rs",
     "workload/pacer.rs",
+    "workload/pattern.rs",
+    "workload/stamp.rs",
 ];
 
 /// What a pure file must not name. Durations and `Instant` arguments are values; asking the time is not.

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use crate::config::units::{Rate, Size};
 use crate::name::Name;
+use crate::workload::{Pattern, TrackerChoice};
 
 /// Where a sender listens unless told otherwise.
 pub const SOCKET_DEFAULT: &str = "/run/memferry/sender.sock";
@@ -67,6 +68,8 @@ pub enum Command {
     Demo(DemoArgs),
     /// Run a writer that stamps pages at a steady rate and can be frozen; for trying things out.
     Workload(WorkloadArgs),
+    /// Compare memory that a workload wrote with the account it kept, and name the writes that are lost.
+    Verify(VerifyArgs),
     /// Let writers go on that a sender which has died had stopped. The sender starts it by itself, and
     /// its unit runs it once more after the end.
     #[command(hide = true)]
@@ -270,12 +273,34 @@ pub struct WorkloadArgs {
     /// File to keep the memory in; without it, memory without a name.
     #[arg(long, value_name = "FILE")]
     pub path: Option<PathBuf>,
+    /// In which order pages are written.
+    #[arg(long, value_enum, value_name = "PATTERN", default_value_t)]
+    pub pattern: Pattern,
+    /// Have the memory in huge pages; says how much of it is.
+    #[arg(long)]
+    pub huge_pages: bool,
+    /// File for an account of the newest write of every page, for `memferry verify`.
+    #[arg(long, value_name = "FILE")]
+    pub account: Option<PathBuf>,
     /// Control socket of the sender to register the memory with.
     #[arg(long, value_name = "SOCKET", requires = "name")]
     pub register: Option<PathBuf>,
     /// Name of the Region to register.
     #[arg(long, requires = "register")]
     pub name: Option<Name>,
+    /// How the sender finds what is written; by default pagemap where the kernel can, else scan.
+    #[arg(long, value_enum, value_name = "KIND", requires = "register")]
+    pub tracker: Option<TrackerChoice>,
+}
+
+/// Arguments of `memferry verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The memory, or what has arrived of it.
+    pub file: PathBuf,
+    /// The account that its workload kept, which must not be writing now.
+    #[arg(long, value_name = "FILE")]
+    pub account: PathBuf,
 }
 
 /// Arguments of `memferry guardian`.

@@ -50,6 +50,7 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
         Command::Receiver(args) => return daemon(crate::receiver::run(&args.config)),
         Command::Demo(args) => return demo::run(&args),
         Command::Workload(args) => return workload::run(args),
+        Command::Verify(args) => return workload::verify(&args),
         Command::Guardian(args) => return guardian(&args),
         Command::Check(args) => return check(&args.file),
     };

@@ -3,11 +3,12 @@
 //! One connection, one thread: `execute` sends a command and returns its answer; events that come
 //! meanwhile are kept, in order, for `next_event`. No wait is without a deadline.
 
+mod marks;
 mod stop;
 mod track;
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, Read, Write};
+use std::io::{self, IoSlice, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -21,8 +22,9 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
+pub use marks::Marks;
 pub use stop::{Order, Stoppable};
-pub use track::Tracked;
+pub use track::{Tracked, Tracking};
 
 use crate::limits::CONTROL_ANSWER_BYTES_MAX;
 
@@ -265,13 +267,19 @@ impl Connection {
     }
 
     fn fill(&mut self, deadline: Instant) -> io::Result<()> {
-        // What has already arrived is read even when the time is up; zero would mean for ever.
-        let left = deadline
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_millis(1));
-        self.stream.set_read_timeout(Some(left))?;
+        // What has already arrived is read even when the time is up. A timeout of zero would mean for
+        // ever, and the shortest one is a tick of the kernel's clock: too long for who only looks.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let flags = if left.is_zero() {
+            MsgFlags::MSG_DONTWAIT
+        } else {
+            self.stream
+                .set_read_timeout(Some(left.max(Duration::from_micros(1))))?;
+            MsgFlags::empty()
+        };
         let mut chunk = [0; 16 * 1024];
-        match self.stream.read(&mut chunk) {
+        let read = nix::sys::socket::recv(self.stream.as_raw_fd(), &mut chunk, flags);
+        match read.map_err(io::Error::from) {
             Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(count) => {
                 self.buffer.extend_from_slice(&chunk[..count]);
@@ -368,6 +376,8 @@ fn classify(mut message: Value) -> Message {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::*;
     use std::os::unix::net::UnixListener;
     use std::thread;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::{ClientError, Connection};
+use super::{ClientError, Connection, Marks};
 use crate::name::Name;
 use crate::region::Mapping;
 use crate::sys::pagemap;
@@ -51,15 +51,26 @@ impl Tracked {
     }
 }
 
+/// How a writer's changes are found.
+#[derive(Debug)]
+pub enum Tracking {
+    /// The sender reads all of the memory in every pass.
+    Scan,
+    /// The kernel keeps account of what goes through a mapping.
+    Pagemap(Tracked),
+    /// The writer marks what it has written.
+    Bitmap(Marks),
+}
+
 impl Connection {
-    /// `region-add` with tracker `pagemap`: hands the sender `memory`, the file that `tracking` maps from
-    /// its start, and what is needed to see the writes through that mapping. `freeze` is as in
-    /// `region-add`, for example `{"kind": "client"}`.
+    /// `region-add`: hands the sender `memory`, which for [`Tracking::Pagemap`] is the file that is mapped
+    /// from its start, and what is needed to find what is written to it. `freeze` is as in `region-add`, for
+    /// example `{"kind": "client"}`.
     pub fn register(
         &mut self,
         name: &Name,
         memory: BorrowedFd<'_>,
-        tracking: &Tracked,
+        tracking: &Tracking,
         freeze: Value,
     ) -> Result<(), ClientError> {
         // Not made from the Region's name: a descriptor's name may not begin with a digit, and must not
@@ -67,20 +78,26 @@ impl Connection {
         const MEMORY: &str = "region-memory";
         const PAGEMAP: &str = "region-pagemap";
         const UFFD: &str = "region-uffd";
+        const MARKS: &str = "region-marks";
         self.send_fd(MEMORY, memory)?;
-        self.send_fd(PAGEMAP, tracking.pagemap.as_fd())?;
-        self.send_fd(UFFD, tracking.uffd.as_fd())?;
-        let region = json!({
-            "name": name,
-            "fdname": MEMORY,
-            "tracker": {
-                "kind": "pagemap",
-                "pagemap-fdname": PAGEMAP,
-                "uffd-fdname": UFFD,
-                "address": tracking.address(),
-            },
-            "freeze": freeze,
-        });
+        let tracker = match tracking {
+            Tracking::Scan => json!({"kind": "scan"}),
+            Tracking::Pagemap(tracked) => {
+                self.send_fd(PAGEMAP, tracked.pagemap.as_fd())?;
+                self.send_fd(UFFD, tracked.uffd.as_fd())?;
+                json!({
+                    "kind": "pagemap",
+                    "pagemap-fdname": PAGEMAP,
+                    "uffd-fdname": UFFD,
+                    "address": tracked.address(),
+                })
+            }
+            Tracking::Bitmap(marks) => {
+                self.send_fd(MARKS, marks.as_fd())?;
+                json!({"kind": "bitmap", "fdname": MARKS})
+            }
+        };
+        let region = json!({"name": name, "fdname": MEMORY, "tracker": tracker, "freeze": freeze});
         self.execute("region-add", region).map(|_| ())
     }
 }
@@ -140,7 +157,7 @@ mod tests {
         let memory = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
         memory.set_len(8 * PAGE_LEN as u64).unwrap();
         let mapping = Mapping::new(&memory, 8 * PAGE_LEN, Access::Write).unwrap();
-        let tracked = Tracked::new(&mapping).unwrap();
+        let tracked = Tracking::Pagemap(Tracked::new(&mapping).unwrap());
         let name = Name::new("0ram").unwrap();
         let freeze = json!({"kind": "client"});
         let mut connection = Connection::connect(&path).unwrap();

@@ -35,3 +35,15 @@ pub fn advise_huge_pages(mapping: &Mapping) {
         let _ = unsafe { madvise(base, mapping.len(), MmapAdvise::MADV_HUGEPAGE) };
     }
 }
+
+/// Has all of a writable mapping allocated and in the page tables. Where that is not possible, as on a
+/// full file system, this is an error; a plain write would be a SIGBUS.
+pub fn populate(mapping: &Mapping) -> io::Result<()> {
+    let Some(base) = mapping.address() else {
+        return Ok(());
+    };
+    // SAFETY: the range is exactly the mapping's own, alive while it is borrowed. Every page is touched
+    // as by a write of what it holds already, which changes no content.
+    unsafe { madvise(base, mapping.len(), MmapAdvise::MADV_POPULATE_WRITE) }?;
+    Ok(())
+}

@@ -1,32 +1,39 @@
 //! A writer for demonstrations and tests: stamps the pages of a working set at a given rate.
 //!
 //! It knows nothing of memferry: it can be stopped and continued like any process, and what it wrote
-//! can be judged from the pages alone ([`newest_stamp`], [`first_torn_page`]).
+//! can be judged from the pages and from the account it keeps ([`verify`]).
 
+mod account;
+mod check;
+mod memory;
 mod pacer;
+mod pattern;
+mod register;
 mod stamp;
 
-use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::time::TimeSpec;
 
-pub use pacer::Pacer;
-pub use stamp::{STAMPED_BYTES, Stamp, first_torn_page, newest_stamp};
+use account::Keeper;
+use memory::Memory;
+use register::Registered;
 
-use crate::client::{ClientError, Connection, Tracked};
+pub use account::{Account, Newest};
+pub use check::{Difference, Differences, newest_stamp, verify};
+pub use pacer::Pacer;
+pub use pattern::{Choice, Pattern};
+pub use register::{Registration, TrackerChoice};
+pub use stamp::{Content, STAMPED_BYTES, Stamp};
+
+use crate::client::ClientError;
 use crate::config::units::Size;
-use crate::name::Name;
-use crate::region::{Access, Mapping};
 
 /// Pages filled between two looks at the signals: 256 MiB.
 const FILL_PAGES: u64 = 65536;
@@ -44,19 +51,16 @@ pub struct Options {
     /// The file that is the memory; an anonymous memfd if there is none. A file that exists has this
     /// size already, or is empty.
     pub path: Option<PathBuf>,
+    /// Which page is written when.
+    pub pattern: Pattern,
+    /// Whether the memory is to be in huge pages; what was obtained is said, and is no error.
+    pub huge_pages: bool,
+    /// A file for the account of what was written, by which a copy can be judged ([`verify`]).
+    pub account: Option<PathBuf>,
     /// Runs with different seeds write different content.
     pub seed: u64,
     /// The sender that is told of the memory once it is filled.
     pub register: Option<Registration>,
-}
-
-/// Where and as what to register.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Registration {
-    /// The sender's control socket.
-    pub socket: PathBuf,
-    /// The Region's name.
-    pub name: Name,
 }
 
 /// What was written.
@@ -121,12 +125,13 @@ pub fn run_until_signal(options: &Options, out: &mut impl Write) -> Result<Summa
         .map_err(failed("cannot block signals"))?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(failed("cannot open a signalfd"))?;
-    run(options, out, |time| wait(&signals, time))
+    run(options, out, |time, asks| wait(&signals, time, asks))
 }
 
-/// Sleeps for `time`, or less if a signal comes.
-fn wait(signals: &SignalFd, time: Duration) -> Pause {
-    let mut fds = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+/// Sleeps for `time`, or less if a signal comes or the sender asks for something.
+fn wait(signals: &SignalFd, time: Duration, asks: Option<BorrowedFd<'_>>) -> Pause {
+    let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+    fds.extend(asks.map(|asks| PollFd::new(asks, PollFlags::POLLIN)));
     // An interrupted sleep is a short one, which does no harm.
     let _ = ppoll(&mut fds, Some(TimeSpec::from_duration(time)), None);
     let mut pause = Pause::Over;
@@ -139,82 +144,70 @@ fn wait(signals: &SignalFd, time: Duration) -> Pause {
     pause
 }
 
-/// Fills the memory, then writes until `pause` says to stop. `pause` sleeps for the time it is given.
+/// Fills the memory, then writes until `pause` says to stop. `pause` sleeps for the time it is given, or
+/// until the descriptor can be read.
 pub fn run(
     options: &Options,
     out: &mut impl Write,
-    mut pause: impl FnMut(Duration) -> Pause,
+    mut pause: impl FnMut(Duration, Option<BorrowedFd<'_>>) -> Pause,
 ) -> Result<Summary, WorkloadError> {
     options.check()?;
     let mut writer = Writer::open(options)?;
-    for page in 0..options.size / STAMPED_BYTES as u64 {
-        writer.write(page, 0)?;
+    let filled_from = match options.pattern.is_filled_before() {
+        true => 0,
+        false => options.working_set / STAMPED_BYTES as u64,
+    };
+    for page in filled_from..options.size / STAMPED_BYTES as u64 {
+        writer.write(page, Newest::Stamp(0))?;
         // Filling hundreds of GiB takes minutes, in which it must be possible to end it.
-        if (page + 1).is_multiple_of(FILL_PAGES) && pause(Duration::ZERO) == Pause::Stop {
+        if (page + 1).is_multiple_of(FILL_PAGES) && pause(Duration::ZERO, None) == Pause::Stop {
             return Ok(stopped(out, 0));
         }
     }
-    // Kept until the end: who writes and how that is seen are one thing.
-    let _tracked = match &options.register {
-        Some(register) => register.add(&writer)?,
-        None => None,
-    };
-    say(
-        out,
-        &serde_json::json!({
-            "event": "ready",
-            "pid": std::process::id(),
-            "path": writer.path,
-            "bytes": options.size,
-        }),
-    );
+    let mut ready = serde_json::json!({
+        "event": "ready",
+        "pid": std::process::id(),
+        "path": writer.memory.path,
+        "bytes": options.size,
+    });
+    if options.huge_pages {
+        let huge = writer.memory.huge_bytes().unwrap_or(0);
+        if huge < options.size {
+            register::note(&memory::huge_pages_missing(options, huge));
+        }
+        ready["huge-bytes"] = huge.into();
+    }
+    if let Some(registration) = &options.register {
+        writer.registered = Some(registration.add(&writer.memory)?);
+    }
+    say(out, &ready);
     let pages = options.working_set / STAMPED_BYTES as u64;
     let mut pacer = Pacer::new(options.dirty_rate, Instant::now());
     let mut sequence = 0;
     loop {
-        match pause(pacer.pause()) {
+        let asks = writer.registered.as_ref().and_then(Registered::descriptor);
+        match pause(pacer.pause(), asks) {
             Pause::Over => {}
             Pause::Continued => pacer.continued(Instant::now()),
             Pause::Stop => break,
         }
+        if let Some(registered) = &mut writer.registered
+            && !registered.may_write()
+        {
+            pacer.continued(Instant::now());
+            continue;
+        }
         for _ in 0..pacer.due(Instant::now()) {
             sequence += 1;
-            writer.write((sequence - 1) % pages, sequence)?;
+            let choice = options.pattern.choose(sequence, pages, options.seed);
+            let newest = match choice.zeros {
+                true => Newest::Zeros(sequence),
+                false => Newest::Stamp(sequence),
+            };
+            writer.write(choice.page, newest)?;
         }
     }
     Ok(stopped(out, sequence))
-}
-
-impl Registration {
-    /// Hands the memory over as a descriptor, with this process as its writer. From here on the kernel
-    /// keeps account of what is written; where it cannot, the sender has to find out by reading.
-    fn add(&self, writer: &Writer) -> Result<Option<Tracked>, ClientError> {
-        const FDNAME: &str = "workload";
-        let freeze = serde_json::json!({"kind": "pid", "pid": std::process::id()});
-        let mut connection = Connection::connect(&self.socket)?;
-        let memory = writer.file.as_fd();
-        match Tracked::new(&writer.mapping) {
-            Ok(tracked) => {
-                connection.register(&self.name, memory, &tracked, freeze)?;
-                Ok(Some(tracked))
-            }
-            Err(error) => {
-                let note = format!(
-                    "memferry: the kernel cannot track what is written here ({error}): the sender will scan for it"
-                );
-                // That nobody reads it is no reason to end.
-                let _ = writeln!(io::stderr().lock(), "{note}");
-                connection.send_fd(FDNAME, memory)?;
-                let region = serde_json::json!({
-                    "name": self.name,
-                    "fdname": FDNAME,
-                    "tracker": {"kind": "scan"},
-                    "freeze": freeze,
-                });
-                connection.execute("region-add", region).map(|_| None)
-            }
-        }
-    }
 }
 
 /// Says that it ends, after `sequence` writes.
@@ -250,6 +243,13 @@ impl Options {
                 Size(self.size)
             ));
         }
+        if self.huge_pages && !self.size.is_multiple_of(memory::HUGE_PAGE_BYTES) {
+            return refuse(format!(
+                "size {} is not a multiple of a huge page, {}",
+                Size(self.size),
+                Size(memory::HUGE_PAGE_BYTES)
+            ));
+        }
         if self.dirty_rate > 0 && self.working_set == 0 {
             return refuse("a dirty rate needs a working set".to_owned());
         }
@@ -257,86 +257,58 @@ impl Options {
     }
 }
 
-/// The memory, mapped as any program maps its own.
+/// The memory, the account of what was written to it, and who is told.
 #[derive(Debug)]
 struct Writer {
-    mapping: Arc<Mapping>,
-    path: String,
+    memory: Memory,
     seed: u64,
-    /// Stays open, so that the path of an anonymous memfd under /proc works.
-    file: File,
+    account: Option<Keeper>,
+    registered: Option<Registered>,
 }
 
 impl Writer {
     fn open(options: &Options) -> Result<Self, WorkloadError> {
-        let name = match &options.path {
-            Some(path) => path.display().to_string(),
-            None => "a memfd".to_owned(),
-        };
-        let failed = |what: &str| {
-            let what = format!("cannot {what} {name}");
-            move |source| WorkloadError::Memory { what, source }
-        };
-        let file = match &options.path {
-            Some(path) => OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .open(path)
-                .map_err(failed("open"))?,
-            None => memfd_create("memferry-workload", MFdFlags::MFD_CLOEXEC)
-                .map(File::from)
-                .map_err(|errno| failed("create")(errno.into()))?,
-        };
-        let length = file.metadata().map_err(failed("look at"))?.len();
-        if length != 0 && length != options.size {
-            // Somebody's file: it is not ours to cut or to grow.
-            return Err(WorkloadError::Options(format!(
-                "{name} exists and has {length} bytes, not {}",
-                options.size
-            )));
-        }
-        // Asks for all of the memory now: a full file system is an error here and a SIGBUS later.
-        let bytes = libc::off_t::try_from(options.size)
-            .map_err(|error| failed("allocate")(io::Error::other(error)))?;
-        fallocate(&file, FallocateFlags::empty(), 0, bytes)
-            .map_err(|errno| failed("allocate")(errno.into()))?;
-        let length = usize::try_from(options.size)
-            .map_err(|error| failed("map")(io::Error::other(error)))?;
-        let mapping = Mapping::new(&file, length, Access::Write).map_err(failed("map"))?;
-        let path = match &options.path {
-            Some(_) => name,
-            None => format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()),
-        };
+        let memory = Memory::open(options)?;
+        let pages = options.size / STAMPED_BYTES as u64;
+        let account = options.account.as_ref().map(|path| {
+            Keeper::create(path, pages, options.seed).map_err(|source| WorkloadError::Memory {
+                what: format!("cannot keep an account in {}", path.display()),
+                source,
+            })
+        });
         Ok(Self {
-            mapping,
-            path,
+            memory,
             seed: options.seed,
-            file,
+            account: account.transpose()?,
+            registered: None,
         })
     }
 
-    /// Stamps `page` as write number `sequence`.
-    fn write(&mut self, page: u64, sequence: u64) -> Result<(), WorkloadError> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let time_ns = now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok());
-        let stamp = Stamp {
-            page,
-            sequence,
-            time_ns: time_ns.unwrap_or(0),
-            seed: self.seed,
-        };
+    /// Writes a page, and says so to whoever wants to know.
+    fn write(&self, page: u64, newest: Newest) -> Result<(), WorkloadError> {
         let mut bytes = [0; STAMPED_BYTES];
-        stamp.write(&mut bytes);
-        usize::try_from(page)
-            .ok()
-            .and_then(|page| {
-                self.mapping
-                    .span_mut(page.checked_mul(STAMPED_BYTES)?, STAMPED_BYTES)
-            })
-            .map(|mut span| span.fill_from(&bytes))
-            .ok_or_else(|| WorkloadError::Options(format!("page {page} is outside the memory")))
+        if let Newest::Stamp(sequence) = newest {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            let time_ns = now.ok().and_then(|now| u64::try_from(now.as_nanos()).ok());
+            let stamp = Stamp {
+                page,
+                sequence,
+                time_ns: time_ns.unwrap_or(0),
+                seed: self.seed,
+            };
+            stamp.write(&mut bytes);
+        }
+        if let Some(account) = &self.account {
+            account.begin(page);
+        }
+        self.memory.write(page, &bytes)?;
+        if let Some(registered) = &self.registered {
+            registered.written(page);
+        }
+        if let Some(account) = &self.account {
+            account.finish(page, newest);
+        }
+        Ok(())
     }
 }
 

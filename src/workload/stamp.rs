@@ -13,9 +13,7 @@
 //!
 //! So every write changes the whole page, and a page that mixes two writes is noticed.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
+use std::fmt;
 
 use zerocopy::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -24,9 +22,6 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub const STAMPED_BYTES: usize = 4096;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"MFstamp1");
-
-/// Pages read at a time.
-const CHUNK_BYTES: usize = 256 * STAMPED_BYTES;
 
 /// One write of one page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,62 +98,60 @@ impl Stamp {
 }
 
 /// The finalizer of splitmix64: neighbouring numbers come out unrelated.
-fn mix(number: u64) -> u64 {
+pub(super) fn mix(number: u64) -> u64 {
     let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }
 
-/// The newest stamp among the whole pages of the first `length` bytes of `file`: the last write that
-/// is all there. `None` if no page is stamped.
-pub fn newest_stamp(file: &File, length: u64) -> io::Result<Option<Stamp>> {
-    let mut newest: Option<Stamp> = None;
-    each_page(file, length, |number, page| {
-        let stamp = Stamp::of(page).filter(|stamp| stamp.page == number);
-        let newer = |stamp: &Stamp| {
-            newest.is_none_or(|old| (old.sequence, old.time_ns) < (stamp.sequence, stamp.time_ns))
-        };
-        if let Some(stamp) = stamp.filter(newer).filter(|stamp| stamp.is_whole(page)) {
-            newest = Some(stamp);
-        }
-        true
-    })?;
-    Ok(newest)
+/// What a page holds, judged from its bytes alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Nothing but zeros.
+    Zeros,
+    /// All of one write to this page.
+    Write(u64),
+    /// The start of this write, and something else behind it.
+    Torn(u64),
+    /// A write to another page, or of another run.
+    Foreign {
+        /// The page it says it is.
+        page: u64,
+        /// The run it says it is of.
+        seed: u64,
+    },
+    /// Something no writer of ours leaves.
+    Unknown,
 }
 
-/// The first page, counted in 4096 bytes, that does not agree with its own stamp, is stamped as another
-/// page, or has no stamp.
-pub fn first_torn_page(file: &File, length: u64) -> io::Result<Option<u64>> {
-    let mut torn = None;
-    each_page(file, length, |number, page| {
-        let whole =
-            Stamp::of(page).is_some_and(|stamp| stamp.page == number && stamp.is_whole(page));
-        if !whole {
-            torn = Some(number);
-        }
-        whole
-    })?;
-    Ok(torn)
-}
-
-/// Calls `look` with the number and the bytes of each whole page until it returns false.
-fn each_page(file: &File, length: u64, mut look: impl FnMut(u64, &[u8]) -> bool) -> io::Result<()> {
-    let mut chunk = vec![0; CHUNK_BYTES];
-    let pages = length / STAMPED_BYTES as u64;
-    let mut number = 0;
-    while number < pages {
-        let left = (pages - number).min((CHUNK_BYTES / STAMPED_BYTES) as u64);
-        let bytes = usize::try_from(left).map_err(io::Error::other)? * STAMPED_BYTES;
-        file.read_exact_at(&mut chunk[..bytes], number * STAMPED_BYTES as u64)?;
-        for page in chunk[..bytes].chunks_exact(STAMPED_BYTES) {
-            if !look(number, page) {
-                return Ok(());
-            }
-            number += 1;
+impl Content {
+    /// What `bytes` are, found as page number `page` of what the run `seed` wrote.
+    #[must_use]
+    pub fn of(bytes: &[u8], page: u64, seed: u64) -> Self {
+        match Stamp::of(bytes) {
+            None if bytes.iter().all(|&byte| byte == 0) => Self::Zeros,
+            None => Self::Unknown,
+            Some(stamp) if (stamp.page, stamp.seed) != (page, seed) => Self::Foreign {
+                page: stamp.page,
+                seed: stamp.seed,
+            },
+            Some(stamp) if stamp.is_whole(bytes) => Self::Write(stamp.sequence),
+            Some(stamp) => Self::Torn(stamp.sequence),
         }
     }
-    Ok(())
+}
+
+impl fmt::Display for Content {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Zeros => f.write_str("zeros"),
+            Self::Write(sequence) => write!(f, "write {sequence}"),
+            Self::Torn(sequence) => write!(f, "a part of write {sequence} and something else"),
+            Self::Foreign { page, seed } => write!(f, "page {page} of run {seed}"),
+            Self::Unknown => f.write_str("what no workload writes"),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -226,63 +219,16 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_whole_page_is_found_and_the_first_torn_one() {
-        let file = tempfile::tempfile().unwrap();
-        let pages = 600_u64; // More than one chunk.
-        let put = |number, stamp| {
-            file.write_all_at(&page(stamp), number * STAMPED_BYTES as u64)
-                .unwrap();
-        };
-        for number in 0..pages {
-            put(
-                number,
-                Stamp {
-                    page: number,
-                    sequence: 0,
-                    ..STAMP
-                },
-            );
-        }
-        let length = pages * STAMPED_BYTES as u64;
-        assert_eq!(first_torn_page(&file, length).unwrap(), None);
-        let newest = Stamp {
-            page: 400,
-            sequence: 9,
-            ..STAMP
-        };
-        put(400, newest);
-        put(
-            500,
-            Stamp {
-                page: 500,
-                sequence: 8,
-                ..STAMP
-            },
-        );
-        // Newer by its header, but torn.
-        put(
-            550,
-            Stamp {
-                page: 550,
-                sequence: 99,
-                ..STAMP
-            },
-        );
-        file.write_all_at(b"x", 550 * STAMPED_BYTES as u64 + 4000)
-            .unwrap();
-        assert_eq!(newest_stamp(&file, length).unwrap(), Some(newest));
-        assert_eq!(first_torn_page(&file, length).unwrap(), Some(550));
-        // A page that landed in another place is no better.
-        put(
-            10,
-            Stamp {
-                page: 11,
-                sequence: 100,
-                ..STAMP
-            },
-        );
-        assert_eq!(newest_stamp(&file, length).unwrap(), Some(newest));
-        assert_eq!(first_torn_page(&file, length).unwrap(), Some(10));
-        assert!(newest_stamp(&file, length + 4096).is_err());
+    fn what_a_page_holds_is_named() {
+        let mut bytes = page(STAMP);
+        assert_eq!(Content::of(&bytes, 3, 42), Content::Write(7));
+        let foreign = Content::Foreign { page: 3, seed: 42 };
+        assert_eq!(Content::of(&bytes, 4, 42), foreign);
+        assert_eq!(Content::of(&bytes, 3, 43), foreign);
+        bytes[4095] ^= 1;
+        assert_eq!(Content::of(&bytes, 3, 42), Content::Torn(7));
+        bytes[0] ^= 1;
+        assert_eq!(Content::of(&bytes, 3, 42), Content::Unknown);
+        assert_eq!(Content::of(&[0; STAMPED_BYTES], 3, 42), Content::Zeros);
     }
 }

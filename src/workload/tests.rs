@@ -1,8 +1,11 @@
 //! The writer with a clock that is run by hand, and its signals in a process of its own.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 
+use clap::ValueEnum;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -15,8 +18,21 @@ fn options(path: Option<PathBuf>) -> Options {
         dirty_rate: 64 << 20,
         working_set: 8 * 4096,
         path,
+        pattern: Pattern::Loop,
+        huge_pages: false,
+        account: None,
         seed: 1,
         register: None,
+    }
+}
+
+/// Every page is all of some write to it.
+fn assert_whole(file: &File) {
+    let mut page = [0; STAMPED_BYTES];
+    for number in 0..64 {
+        file.read_exact_at(&mut page, number * 4096).unwrap();
+        let content = Content::of(&page, number, 1);
+        assert!(matches!(content, Content::Write(_)), "{number}: {content}");
     }
 }
 
@@ -34,7 +50,7 @@ fn the_file_is_filled_then_the_working_set_is_written_round_and_round() {
     let path = directory.path().join("memory");
     let mut pauses = 0;
     let mut out = Vec::new();
-    let summary = run(&options(Some(path.clone())), &mut out, |time| {
+    let summary = run(&options(Some(path.clone())), &mut out, |time, _| {
         std::thread::sleep(time);
         pauses += 1;
         if pauses > 20 {
@@ -54,10 +70,60 @@ fn the_file_is_filled_then_the_working_set_is_written_round_and_round() {
     let file = File::open(&path).unwrap();
     let length = file.metadata().unwrap().len();
     assert_eq!(length, 64 * 4096);
-    assert_eq!(first_torn_page(&file, length).unwrap(), None);
+    assert_whole(&file);
     let newest = newest_stamp(&file, length).unwrap().unwrap();
     assert_eq!(newest.sequence, summary.last_sequence);
     assert_eq!(newest.page, (summary.last_sequence - 1) % 8);
+}
+
+#[test]
+fn every_pattern_leaves_what_its_account_says() {
+    for pattern in Pattern::value_variants() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("memory");
+        let options = Options {
+            pattern: *pattern,
+            account: Some(directory.path().join("account")),
+            ..options(Some(path.clone()))
+        };
+        let mut pauses = 0;
+        let summary = run(&options, &mut Vec::new(), |time, _| {
+            std::thread::sleep(time);
+            pauses += 1;
+            if pauses > 10 {
+                Pause::Stop
+            } else {
+                Pause::Over
+            }
+        });
+        let last = summary.unwrap().last_sequence;
+        assert!(last > 0);
+        let mut account = Account::read(&options.account.unwrap()).unwrap();
+        let newest = account.pages.iter().map(|newest| match newest {
+            Newest::Nothing => 0,
+            Newest::Stamp(sequence) | Newest::Zeros(sequence) => *sequence,
+        });
+        assert_eq!(newest.max(), Some(last), "{pattern:?}");
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        assert_eq!(verify(&file, &account).unwrap().count, 0, "{pattern:?}");
+        // The filling is overwritten in this page, and one more write is lost.
+        account.pages[63] = Newest::Stamp(last + 1);
+        let found = verify(&file, &account).unwrap();
+        assert_eq!(found.first[0].holds, Content::Write(0), "{pattern:?}");
+    }
+}
+
+#[test]
+fn how_much_is_in_huge_pages_is_said() {
+    let mut out = Vec::new();
+    let options = Options {
+        size: 4 << 20,
+        huge_pages: true,
+        ..options(None)
+    };
+    run(&options, &mut out, |_, _| Pause::Stop).unwrap();
+    let huge = lines(&out)[0]["huge-bytes"].as_u64().unwrap();
+    assert!([0, 2 << 20, 4 << 20].contains(&huge), "{huge}");
 }
 
 #[test]
@@ -70,7 +136,7 @@ fn without_a_path_the_memory_is_found_under_proc() {
         working_set: 0,
         ..options(None)
     };
-    run(&quiet, &mut out, |_| {
+    run(&quiet, &mut out, |_, _| {
         let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
         let memfd = fds.map(|entry| entry.path()).find(|path| {
             std::fs::read_link(path)
@@ -87,7 +153,7 @@ fn without_a_path_the_memory_is_found_under_proc() {
             .starts_with("/proc/")
     );
     let file = opened.unwrap();
-    assert_eq!(first_torn_page(&file, 64 * 4096).unwrap(), None);
+    assert_whole(&file);
 }
 
 #[test]
@@ -101,7 +167,7 @@ fn a_closed_output_does_not_end_it() {
             Err(io::ErrorKind::BrokenPipe.into())
         }
     }
-    assert!(run(&options(None), &mut Closed, |_| Pause::Stop).is_ok());
+    assert!(run(&options(None), &mut Closed, |_, _| Pause::Stop).is_ok());
 }
 
 #[test]
@@ -109,7 +175,7 @@ fn a_file_of_another_size_is_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("somebodys");
     std::fs::write(&path, b"precious").unwrap();
-    let error = run(&options(Some(path.clone())), &mut Vec::new(), |_| {
+    let error = run(&options(Some(path.clone())), &mut Vec::new(), |_, _| {
         Pause::Stop
     });
     assert!(matches!(error, Err(WorkloadError::Options(_))), "{error:?}");
@@ -124,10 +190,11 @@ fn options_that_do_not_fit_are_refused() {
         |options: &mut Options| options.working_set = 65 * 4096,
         |options: &mut Options| options.working_set = 100,
         |options: &mut Options| options.working_set = 0,
+        |options: &mut Options| options.huge_pages = true,
     ] {
         let mut options = options(None);
         change(&mut options);
-        let error = run(&options, &mut Vec::new(), |_| Pause::Stop);
+        let error = run(&options, &mut Vec::new(), |_, _| Pause::Stop);
         assert!(
             matches!(error, Err(WorkloadError::Options(_))),
             "{options:?}"

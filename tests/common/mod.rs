@@ -12,6 +12,8 @@
 
 pub(crate) mod fake;
 pub(crate) mod memory;
+pub(crate) mod random;
+pub(crate) mod relay;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -130,12 +132,23 @@ impl Daemon {
         config: &str,
         user: Option<u32>,
     ) -> Self {
+        Self::start_by(memferry(), stage, role, who, config, user)
+    }
+
+    /// The same, where `command` is the binary, or something that becomes it.
+    pub(crate) fn start_by(
+        mut command: Command,
+        stage: &Stage,
+        role: &str,
+        who: &str,
+        config: &str,
+        user: Option<u32>,
+    ) -> Self {
         let config = stage.write(&format!("{who}.toml"), config);
         let log = stage.path(&format!("{who}.log"));
         let ready = stage.path(&format!("{who}.ready"));
         let _ = fs::remove_file(&ready);
         let notified = UnixDatagram::bind(&ready).unwrap();
-        let mut command = memferry();
         if let Some(user) = user {
             std::os::unix::fs::chown(&ready, Some(user), None).unwrap();
             command.uid(user);
@@ -391,7 +404,7 @@ pub(crate) struct Writer {
 impl Writer {
     /// Writes at `rate` to the first `working_set` bytes of a new file of `size` bytes.
     pub(crate) fn start(path: &Path, size: u64, rate: &str, working_set: u64) -> Self {
-        Self::with(path, size, rate, working_set, None)
+        Self::with(path, size, rate, working_set, &[])
     }
 
     /// The same; the writer registers itself as Region `r` with the sender of this control socket.
@@ -402,20 +415,26 @@ impl Writer {
         working_set: u64,
         socket: &Path,
     ) -> Self {
-        Self::with(path, size, rate, working_set, Some(socket))
+        let more = ["--register", socket.to_str().unwrap(), "--name", "r"];
+        Self::with(path, size, rate, working_set, &more)
     }
 
-    fn with(path: &Path, size: u64, rate: &str, working_set: u64, socket: Option<&Path>) -> Self {
+    /// The same, with `more` arguments.
+    pub(crate) fn with(
+        path: &Path,
+        size: u64,
+        rate: &str,
+        working_set: u64,
+        more: &[&str],
+    ) -> Self {
         let mut command = memferry();
         command
             .args(["workload", "--dirty-rate", rate])
             .args(["--size", &size.to_string()])
             .args(["--working-set", &working_set.to_string()])
             .arg("--path")
-            .arg(path);
-        if let Some(socket) = socket {
-            command.arg("--register").arg(socket).args(["--name", "r"]);
-        }
+            .arg(path)
+            .args(more);
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         let stdout = child.stdout.take().unwrap();
@@ -439,6 +458,20 @@ impl Writer {
 
     pub(crate) fn is_stopped(&self) -> bool {
         self.state() == 'T'
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    /// Stops it, and returns once it stands still.
+    pub(crate) fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+        let deadline = Instant::now() + DEADLINE;
+        while !self.is_stopped() {
+            assert!(Instant::now() < deadline, "the writer does not stop");
+            std::thread::yield_now();
+        }
     }
 
     /// That it runs. What /proc says lags behind a signal a little, so this may look more than once.

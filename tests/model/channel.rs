@@ -18,7 +18,8 @@ use memferry::region::{Mapping, Span, SpanMut};
 use memferry::stream::IncomingStream;
 
 use super::Arriving;
-use super::turns::{Random, Turns};
+use super::random::Random;
+use super::turns::Turns;
 
 /// How the connections of a run misbehave.
 #[derive(Debug, Clone, Copy)]

@@ -13,6 +13,8 @@
 )]
 
 mod channel;
+#[path = "../common/random.rs"]
+mod random;
 mod turns;
 
 use std::fs::File;
@@ -40,7 +42,8 @@ use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use channel::{Faults, Loans, SenderEnd};
-use turns::{Random, Turns, World};
+use random::{Random, number};
+use turns::{Turns, World};
 
 const RUNS_DEFAULT: u64 = 200;
 
@@ -383,14 +386,6 @@ fn run(seed: u64, met: &mut Met) {
         }
     }
     panic!("{ATTEMPTS_MAX} attempts were not enough");
-}
-
-fn number(variable: &str) -> Option<u64> {
-    let text = std::env::var(variable).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{variable} is no number: {text}")),
-    )
 }
 
 #[test]

@@ -7,42 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use memferry::limits::{PAGE_BYTES, PAGE_LEN};
 
 use super::Memory;
-
-/// splitmix64: every number follows from the seed.
-#[derive(Debug)]
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number less than `end`, which is not 0.
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    pub(crate) fn one_in(&mut self, count: u64) -> bool {
-        self.below(count) == 0
-    }
-
-    /// How much of `bytes` a system call takes: all of it, or less, but something.
-    pub(crate) fn part_of(&mut self, bytes: usize) -> usize {
-        if bytes == 0 || self.one_in(2) {
-            return bytes;
-        }
-        let part = 1 + self.below(bytes as u64);
-        usize::try_from(part).unwrap()
-    }
-}
+use super::random::Random;
 
 /// A Region as its writer has it.
 #[derive(Debug)]
