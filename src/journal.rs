@@ -15,13 +15,17 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tempfile::NamedTempFile;
 
 use crate::freeze::Stopped;
 use crate::name::Name;
-use crate::wire::{BootId, Hex128};
+use crate::wire::{BlobAccount, BootId, Hex128};
 
 /// What names of drafts begin with.
 const DRAFT: &str = ".draft-";
+
+/// What names of final blobs end with.
+const BLOB: &str = "blob";
 
 /// The file with the journal's identity.
 const IDENTITY: &str = "identity";
@@ -59,8 +63,12 @@ pub enum Decision {
     Committed {
         /// Our boot.
         boot_id: BootId,
+        /// The attempt's id.
+        id: Name,
         /// Each file, and the final name it gets.
         moves: Vec<(PathBuf, PathBuf)>,
+        /// The final blob beside this record, if there was one.
+        blob: Option<(PathBuf, BlobAccount)>,
     },
     /// They are not, and never will be.
     Refused {
@@ -95,9 +103,7 @@ impl Journal {
             }
         }
         // Finds out now, and not at the first commit, whether we may write here.
-        tempfile::Builder::new()
-            .prefix(DRAFT)
-            .tempfile_in(directory)?;
+        journal.draft()?;
         Ok(journal)
     }
 
@@ -139,6 +145,31 @@ impl Journal {
         self.directory.join(format!("{nonce}.json"))
     }
 
+    /// A file that is nothing yet: one that is left goes at the next start.
+    pub fn draft(&self) -> io::Result<NamedTempFile> {
+        tempfile::Builder::new()
+            .prefix(DRAFT)
+            .tempfile_in(&self.directory)
+    }
+
+    /// Where the final blob of a nonce is kept.
+    #[must_use]
+    pub fn blob_path(&self, nonce: Hex128) -> PathBuf {
+        self.directory.join(format!("{nonce}.{BLOB}"))
+    }
+
+    /// Removes the blobs that are not among `kept`.
+    pub fn remove_blobs_except(&self, kept: &[PathBuf]) -> io::Result<()> {
+        for entry in fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == BLOB) && !kept.contains(&path)
+            {
+                fs::remove_file(path)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Records `record` for `nonce`, unless there is one already: then that one is returned instead.
     pub fn decide<T: Serialize + DeserializeOwned>(
         &self,
@@ -146,9 +177,7 @@ impl Journal {
         record: T,
     ) -> io::Result<T> {
         // A draft has a name of its own, so that no draft is ever the record itself under another name.
-        let mut draft = tempfile::Builder::new()
-            .prefix(DRAFT)
-            .tempfile_in(&self.directory)?;
+        let mut draft = self.draft()?;
         draft.write_all(&serde_json::to_vec(&record)?)?;
         match draft.persist_noclobber(self.path(nonce)) {
             Ok(_) => Ok(record),
@@ -214,7 +243,9 @@ mod tests {
     fn committed() -> Decision {
         Decision::Committed {
             boot_id: BootId("b".into()),
+            id: Name::new("a").unwrap(),
             moves: vec![("a".into(), "b".into())],
+            blob: None,
         }
     }
 

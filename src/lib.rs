@@ -17,6 +17,7 @@ pub mod dirty;
 pub mod endpoint;
 pub mod freeze;
 pub mod guardian;
+pub mod history;
 pub mod iteration;
 pub mod journal;
 pub mod limits;

@@ -71,6 +71,12 @@ pub const NAME_BYTES_MAX: usize = 128;
 /// with the longest names has less than half of it.
 pub const MESSAGE_BYTES_MAX: u32 = 2 * 1024 * 1024;
 
+/// Longest final blob of an attempt, in bytes.
+pub const BLOB_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// Largest piece of a final blob in one frame, in bytes: heartbeats and errors wait behind it.
+pub const BLOB_PIECE_BYTES_MAX: usize = 256 * 1024;
+
 /// Longest error code from a peer, in bytes.
 pub const CODE_BYTES_MAX: usize = 64;
 
@@ -87,6 +93,9 @@ pub const BLOCKS_UNACKNOWLEDGED_MAX: u64 = 2048;
 
 /// Answers "not mine" that a receiver keeps: each is a promise for ever, and a file.
 pub const RECORDS_MAX: usize = 65_536;
+
+/// Transfers that `query-history` shows.
+pub const HISTORY_SHOWN_MAX: usize = 256;
 
 /// Attempts whose end a daemon remembers.
 pub const ATTEMPTS_REMEMBERED_MAX: usize = 256;

@@ -19,8 +19,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::endpoint::Endpoint;
 use crate::wire::{
-    FRAME_BYTES, FrameHeader, FromReceiver, FromSender, Hex128, PREAMBLE_BYTES, Preamble, Purpose,
-    Status, WireError,
+    FRAME_BYTES, FrameHeader, FrameKind, FromReceiver, FromSender, Hex128, PREAMBLE_BYTES,
+    Preamble, Purpose, Status, WireError,
 };
 
 /// Messages that may wait for their reader. The protocol never has more than a few under way.
@@ -170,6 +170,12 @@ pub trait Message: Serialize + DeserializeOwned + Send + 'static {
     fn alive() -> Self;
     /// Whether this is it.
     fn is_alive(&self) -> bool;
+    /// A piece of the final blob; nothing where none can come.
+    fn of_blob(piece: Vec<u8>) -> Option<Self>;
+    /// Its bytes on the wire.
+    fn frame(&self) -> Vec<u8> {
+        FrameHeader::frame(self)
+    }
 }
 
 impl Message for FromSender {
@@ -179,6 +185,15 @@ impl Message for FromSender {
     fn is_alive(&self) -> bool {
         matches!(self, Self::Alive {})
     }
+    fn of_blob(piece: Vec<u8>) -> Option<Self> {
+        Some(Self::Blob(piece))
+    }
+    fn frame(&self) -> Vec<u8> {
+        match self {
+            Self::Blob(piece) => FrameHeader::frame_blob(piece),
+            message => FrameHeader::frame(message),
+        }
+    }
 }
 
 impl Message for FromReceiver {
@@ -187,6 +202,9 @@ impl Message for FromReceiver {
     }
     fn is_alive(&self) -> bool {
         matches!(self, Self::Alive {})
+    }
+    fn of_blob(_piece: Vec<u8>) -> Option<Self> {
+        None
     }
 }
 
@@ -215,7 +233,7 @@ impl<Out: Message, In: Message> Conversation<Out, In> {
         let (reader, writer) = tokio::io::split(connection);
         let (messages, incoming) = mpsc::channel(MESSAGES_WAITING_MAX);
         let (outgoing, frames) = mpsc::channel(1);
-        let heartbeat = FrameHeader::frame(&Out::alive());
+        let heartbeat = Out::alive().frame();
         Self {
             outgoing,
             incoming,
@@ -233,7 +251,7 @@ impl<Out: Message, In: Message> Conversation<Out, In> {
         let (written, result) = oneshot::channel();
         let say = async {
             self.outgoing
-                .send((FrameHeader::frame(message), written))
+                .send((message.frame(), written))
                 .await
                 .map_err(|_| gone())?;
             result.await.map_err(|_| gone())?.map_err(PeerError::Lost)
@@ -338,7 +356,13 @@ pub async fn read_message<In: Message>(
         .read_exact(&mut body)
         .await
         .map_err(PeerError::Lost)?;
-    Ok(header.body(&body)?)
+    match header.kind {
+        FrameKind::Message => Ok(header.body(&body)?),
+        FrameKind::Blob => {
+            header.check(&body)?;
+            In::of_blob(body).ok_or_else(|| header.out_of_place().into())
+        }
+    }
 }
 
 /// Tells a caller that there is no version in common.

@@ -24,7 +24,7 @@ impl Counter {
 /// How a stream's payload leaves.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct ActivePath {
-    /// `msg-zerocopy` or `plain`; empty before the first packet.
+    /// The engine's name or `plain`; empty before the first packet.
     pub path: &'static str,
     /// Why it is not what was asked for, or why the kernel copies; empty if there is nothing to say.
     pub reason: String,
@@ -49,6 +49,8 @@ pub struct StreamStats {
     pub zero_copy_sends: Counter,
     /// Those of them that the kernel copied after all.
     pub zero_copy_copied: Counter,
+    /// Times it went from lending to plain sends.
+    pub fallbacks: Counter,
     /// Iterations in which there were zero-copy sends and the kernel copied every one.
     pub missed_zero_copy: Counter,
     /// How payload leaves.

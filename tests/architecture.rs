@@ -29,7 +29,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     (
         "data plane",
         &[
-            "channel", "dirty", "stats", "stream", "freeze", "journal", "guardian",
+            "channel", "dirty", "stats", "stream", "freeze", "journal", "guardian", "history",
         ],
     ),
     (
@@ -43,6 +43,7 @@ const LAYERS: &[(&str, &[&str])] = &[
 /// Pure files inside other layers.
 const ALSO_PURE: &[&str] = &[
     "channel/ledger.rs",
+    "stream/lending.rs",
     "stream/window.rs",
     "control/parse.rs",
     "config/cpus.rs",

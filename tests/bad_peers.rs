@@ -45,6 +45,13 @@ fn assert_fails(sender: &mut Daemon, uri: &str, exit: i32, code: &str) {
     sender.assert_alive();
 }
 
+fn prepare(streams: Vec<StreamTotals>) -> FromSender {
+    FromSender::Prepare {
+        streams,
+        blob: None,
+    }
+}
+
 #[test]
 fn a_receiver_of_another_version_is_refused_by_name() {
     let stage = Stage::new();
@@ -177,7 +184,7 @@ fn a_conversation_that_begins_with_nonsense_ends_there() {
         offer_of("../x"),
         offer_of(""),
         FrameHeader::frame(&json!({"type": "future"})),
-        FrameHeader::frame(&FromSender::Prepare { streams: vec![] }),
+        FrameHeader::frame(&prepare(vec![])),
         damaged,
         vec![0x55; 64],
     ] {
@@ -261,7 +268,7 @@ fn a_stream_without_the_right_token_epoch_and_number_is_turned_away() {
         packets: 2,
         bytes: 0,
     }];
-    say(&mut sender.conversation, &FromSender::Prepare { streams });
+    say(&mut sender.conversation, &prepare(streams));
     let answer = hear_receiver(&mut sender.conversation);
     assert_eq!(answer, Some(FromReceiver::Prepared {}));
     drop((sender, stream));
@@ -337,7 +344,7 @@ fn an_attempt_is_not_prepared_while_a_page_is_missing_or_the_counts_differ() {
         let mut acks = vec![0; frames.len() / HEADER_BYTES * 32];
         stream.read_exact(&mut acks).unwrap();
         let streams = vec![StreamTotals { packets, bytes }];
-        say(&mut sender.conversation, &FromSender::Prepare { streams });
+        say(&mut sender.conversation, &prepare(streams));
         assert_eq!(sender.refusal(), "incomplete", "{id}");
         alone.assert_as_before();
     }
@@ -355,9 +362,7 @@ fn what_a_sender_says_out_of_place_commits_nothing() {
         let message = match id {
             "commit" => FromSender::Commit { nonce: offer.nonce },
             "offer" => FromSender::Offer(offer.clone()),
-            _ => FromSender::Prepare {
-                streams: vec![StreamTotals::default(); 300],
-            },
+            _ => prepare(vec![StreamTotals::default(); 300]),
         };
         let mut sender = FakeSender::offer(&alone.uri, offer);
         let _stream = sender.stream(0);

@@ -15,6 +15,7 @@ use common::memory::{MIB, assert_same, dense};
 use common::{Daemon, Pair, Stage, Writer, ended, listing};
 use memferry::freeze::{Freezer, Frozen, Process};
 use memferry::journal::{CommitSent, Decision, Journal, boot_id};
+use memferry::name::Name;
 use memferry::wire::{BootId, FromSender, Hex128, Owner};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -450,7 +451,12 @@ impl Remains {
         let moves = vec![(self.hidden.clone(), self.stage.arrived().join("r"))];
         let journal = receivers_journal(&self.stage);
         let boot_id = journal.boot_id().unwrap();
-        let record = Decision::Committed { boot_id, moves };
+        let record = Decision::Committed {
+            boot_id,
+            id: Name::new("r").unwrap(),
+            moves,
+            blob: None,
+        };
         journal.decide(self.nonce, record).unwrap();
     }
 

@@ -10,7 +10,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use memferry::control::{Access, Call, CommandError, CommandInfo, Commands, EventBus, Server};
+use memferry::control::{
+    Access, Answer, Call, CommandError, CommandInfo, Commands, EventBus, Server,
+};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -39,13 +41,13 @@ impl Commands for Script {
         TABLE
     }
 
-    async fn execute(&self, call: Call) -> Result<Value, CommandError> {
+    async fn execute(&self, call: Call) -> Result<Answer, CommandError> {
         let arguments = call.arguments.clone();
         self.calls
             .lock()
             .unwrap()
             .push((call.command.clone(), arguments));
-        match call.command.as_str() {
+        let answer = match call.command.as_str() {
             "migrate" if call.arguments["uri"] == "tcp:refused" => {
                 Err(CommandError::new("exists", "the receiver has that Region"))
             }
@@ -69,7 +71,8 @@ impl Commands for Script {
             }
             "query-regions" => Ok(json!([{"name": "vm", "size": 4096, "path": "/dev/shm/vm"}])),
             _ => Ok(json!({})),
-        }
+        };
+        answer.map(Answer::from)
     }
 }
 

@@ -1,6 +1,7 @@
-//! Why zero-copy sends of a socket are copied, or cut into small pieces: looked for where operators
+//! Why a socket has no zero copy, or its zero-copy sends are copied, or cut into small pieces: looked for where operators
 //! would look, and said in their words.
 
+use std::borrow::Cow;
 use std::fs;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -9,7 +10,23 @@ use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 
-use crate::sys::link;
+use crate::sys::{errqueue, link};
+
+/// Asks for zero copy; if it cannot be had, says why.
+pub(super) fn request_zero_copy(
+    fd: BorrowedFd<'_>,
+    family: libc::c_int,
+) -> Option<Cow<'static, str>> {
+    match family {
+        libc::AF_UNIX => Some("AF_UNIX sockets cannot send from user pages".into()),
+        // Linux 6.7 to 7.0 report memory released while later parts of the same send still use it.
+        libc::AF_VSOCK => Some("vsock sockets of some kernels release memory too early".into()),
+        _ => match errqueue::allow_zero_copy(fd) {
+            Ok(()) => None,
+            Err(error) => Some(format!("the kernel refused SO_ZEROCOPY: {error}").into()),
+        },
+    }
+}
 
 /// What keeps zero copy from working on `socket`. `refused`: the kernel would not pin memory.
 pub(super) fn trouble(socket: BorrowedFd<'_>, refused: bool, all_copied: bool) -> Option<String> {
@@ -58,7 +75,7 @@ fn address(found: &SockaddrStorage) -> Option<IpAddr> {
         return Some(v4.ip().into());
     }
     let v6 = found.as_sockaddr_in6()?.ip();
-    Some(v6.to_ipv4_mapped().map_or(v6.into(), IpAddr::from))
+    Some(v6.to_ipv4_mapped().map_or_else(|| v6.into(), IpAddr::from))
 }
 
 /// Whether a line of `/proc/net/packet` is a packet socket on this interface, or on all (0).

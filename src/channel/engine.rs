@@ -75,12 +75,14 @@ pub struct Opened {
 }
 
 /// A channel over the connected socket `fd` that lends by `wanted`, or by the best engine that works
-/// here, or not at all if there is none. `regions` are what it will send.
+/// here, or not at all if there is none. `regions` are what it will send; `share` is what it may have
+/// pinned at once, in bytes, if that is little.
 pub fn open(
     fd: OwnedFd,
     patience: Patience,
     wanted: Option<Engine>,
     regions: Vec<Arc<Region>>,
+    share: Option<usize>,
 ) -> io::Result<Opened> {
     let mut fd = fd;
     let mut notes = Vec::new();
@@ -88,6 +90,12 @@ pub fn open(
         errqueue::family(fd.as_fd())?,
         libc::AF_INET | libc::AF_INET6
     );
+    if let Some(share) = share.filter(|_| is_tcp) {
+        let share = share / 1024;
+        notes.push(format!(
+            "the memlock limit leaves this stream {share} KiB, so sends are small"
+        ));
+    }
     let first = wanted.into_iter();
     let others = Engine::BEST
         .into_iter()
@@ -106,7 +114,10 @@ pub fn open(
                     _ => Vec::new(),
                 };
                 match UringChannel::new(fd, patience.clone(), regions) {
-                    Ok(channel) => {
+                    Ok(mut channel) => {
+                        share
+                            .into_iter()
+                            .try_for_each(|share| channel.limit_loans(share))?;
                         return Ok(Opened {
                             channel: Box::new(channel),
                             engine: Some(engine),
@@ -124,7 +135,10 @@ pub fn open(
             notes.push(format!("{engine}: {refusal}"));
         }
     }
-    let channel = SocketChannel::new(fd, patience, true)?;
+    let mut channel = SocketChannel::new(fd, patience, true)?;
+    share
+        .into_iter()
+        .try_for_each(|share| channel.limit_loans(share))?;
     notes.extend(channel.zero_copy_refusal().map(str::to_owned));
     let lends = channel.features().contains(Features::WRITE_ZERO_COPY);
     Ok(Opened {
@@ -218,13 +232,13 @@ mod tests {
     fn what_is_asked_for_is_opened_and_a_unix_socket_lends_nothing() {
         for engine in Engine::ALL {
             let (near, _far) = tcp_pair("127.0.0.1");
-            let opened = open(near, patience(), Some(engine), Vec::new()).unwrap();
+            let opened = open(near, patience(), Some(engine), Vec::new(), None).unwrap();
             assert_eq!((opened.engine, opened.note.as_str()), (Some(engine), ""));
         }
-        let opened = open(tcp_pair("::1").0, patience(), None, Vec::new()).unwrap();
+        let opened = open(tcp_pair("::1").0, patience(), None, Vec::new(), None).unwrap();
         assert_eq!(opened.engine, Some(Engine::IoUring));
         let (near, _far) = unix_pair();
-        let opened = open(near, patience(), Some(Engine::IoUring), Vec::new()).unwrap();
+        let opened = open(near, patience(), Some(Engine::IoUring), Vec::new(), None).unwrap();
         assert_eq!(opened.engine, None);
         assert!(opened.note.contains("AF_UNIX"), "{}", opened.note);
     }

@@ -18,12 +18,18 @@ use crate::sys::errqueue::{self, Queued};
 /// notices that do not merge use up `net.core.optmem_max`.
 const REAP_BATCH: u32 = 32;
 
+/// The first look comes after this many, and each further one after twice as many, so that a path on which
+/// everything is copied is soon found out.
+const REAP_BATCH_FIRST: u32 = 4;
+
 #[derive(Debug, Default)]
 pub(super) struct Loans {
     ledger: Ledger,
     /// Keeps everything on loan mapped. Each mapping once.
     owners: Vec<Arc<Mapping>>,
     lent_since_reap: u32,
+    /// Looks by batches so far.
+    looks: u32,
     /// A notice was lost or made no sense: what is on loan is no longer known.
     broken: bool,
 }
@@ -76,12 +82,13 @@ impl Loans {
 
     /// Whether it is time for [`Loans::reap`].
     pub(super) fn reap_is_due(&self) -> bool {
-        self.lent_since_reap >= REAP_BATCH
+        self.lent_since_reap >= (REAP_BATCH_FIRST << self.looks.min(3)).min(REAP_BATCH)
     }
 
     /// Empties the socket's error queue; says whether something came back.
     pub(super) fn reap(&mut self, socket: BorrowedFd<'_>) -> io::Result<bool> {
         self.lent_since_reap = 0;
+        self.looks = self.looks.saturating_add(1);
         let mut progress = false;
         loop {
             match errqueue::receive_notice(socket) {

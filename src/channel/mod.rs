@@ -6,6 +6,7 @@
 //! The rule this module keeps (rule 1): between lending a Span and the `flush` that covers it, the
 //! memory stays mapped. *When* to flush is the stream's business.
 
+mod budget;
 mod buffer;
 mod command;
 mod copies;
@@ -26,6 +27,7 @@ mod uring;
 mod uring_tests;
 mod wait;
 
+pub use budget::{memlock_limit, share};
 pub use buffer::BufferChannel;
 pub use command::CommandChannel;
 pub use engine::{Engine, Opened, Trial, open, trial};

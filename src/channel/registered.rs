@@ -8,7 +8,6 @@ use std::borrow::Cow;
 use std::io;
 use std::sync::Arc;
 
-use crate::limits::PAGE_BYTES;
 use crate::pages::PageRange;
 use crate::region::{Mapping, Region, Span};
 use crate::sys::uring::{BUFFER_BYTES_MAX, BUFFERS_MAX, Ring};
@@ -181,11 +180,6 @@ fn twin(region: &Region, first: usize) -> io::Result<Twin> {
             count: region.pages() - next,
         };
     }
-    debug_assert!(
-        parts
-            .iter()
-            .all(|part| part.offset as u64 % PAGE_BYTES == 0)
-    );
     Ok(Twin {
         source: Arc::clone(region.mapping()),
         pinned,

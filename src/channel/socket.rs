@@ -13,11 +13,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::socket::{self, setsockopt, sockopt::TcpNoDelay};
+use nix::sys::socket::{
+    self, setsockopt,
+    sockopt::{SndBuf, TcpNoDelay},
+};
 
 use super::copies;
 use super::loans::Loans;
-use super::wait::{self, Stall};
+use super::wait::{self, GONE, Stall};
 use super::{
     Channel, Features, Flush, Patience, Shutdown, Woken, WriteFlags, refuse_descriptors,
     refuse_loan,
@@ -38,20 +41,6 @@ pub(super) const DROP_PATIENCE: Duration = Duration::from_millis(100);
 pub(super) const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(20);
 
-/// Answers of a socket whose connection is gone. Others (`EFAULT`, `ENOMEM`) are about one call.
-const GONE: [Errno; 10] = [
-    Errno::ECONNRESET,
-    Errno::EPIPE,
-    Errno::ETIMEDOUT,
-    Errno::ENOTCONN,
-    Errno::ECONNABORTED,
-    Errno::ECONNREFUSED,
-    Errno::EHOSTUNREACH,
-    Errno::ENETUNREACH,
-    Errno::EHOSTDOWN,
-    Errno::ENETDOWN,
-];
-
 /// A [`Channel`] over a connected stream socket.
 ///
 /// Dropping it with memory on loan resets the connection, so that the memory comes back: `flush`
@@ -60,13 +49,15 @@ const GONE: [Errno; 10] = [
 pub struct SocketChannel {
     pub(super) fd: OwnedFd,
     pub(super) patience: Patience,
-    pub(super) features: Features,
+    features: Features,
     is_tcp: bool,
     zero_copy_refusal: Option<Cow<'static, str>>,
     loans: Loans,
     iov: IovBuf,
     /// Largest piece to lend, lowered when the kernel refuses and tried anew after each flush.
     lend_bytes_max: usize,
+    /// Where that starts anew.
+    lend_bytes_cap: usize,
     copied_by_us_bytes: u64,
     /// Times the kernel would not pin what was to be lent.
     refusals: u64,
@@ -94,7 +85,7 @@ impl SocketChannel {
         }
         let mut zero_copy_refusal = None;
         if zero_copy {
-            zero_copy_refusal = request_zero_copy(fd.as_fd(), family);
+            zero_copy_refusal = copies::request_zero_copy(fd.as_fd(), family);
             if zero_copy_refusal.is_none() {
                 features = features.with(Features::WRITE_ZERO_COPY);
             }
@@ -108,6 +99,7 @@ impl SocketChannel {
             loans: Loans::default(),
             iov: IovBuf::new(),
             lend_bytes_max: usize::MAX,
+            lend_bytes_cap: usize::MAX,
             copied_by_us_bytes: 0,
             refusals: 0,
             lost: None,
@@ -128,7 +120,7 @@ impl SocketChannel {
         self.copied_by_us_bytes
     }
 
-    /// Zero-copy sends whose memory is not back.
+    /// Zero-copy sends not back.
     #[must_use]
     pub fn outstanding(&self) -> u64 {
         self.loans.outstanding()
@@ -144,6 +136,15 @@ impl SocketChannel {
     #[cfg(test)]
     pub(super) fn lend_for_ever(&mut self) {
         self.loans.lend();
+    }
+
+    /// Keeps what is on loan below about `bytes`: the kernel charges a call's whole length while it is
+    /// under way, and what the socket queues until it is acknowledged.
+    pub fn limit_loans(&mut self, bytes: usize) -> io::Result<()> {
+        self.lend_bytes_cap = (bytes / 4).max(LEND_BYTES_MIN);
+        self.lend_bytes_max = self.lend_bytes_cap;
+        // The kernel doubles the number.
+        Ok(setsockopt(&self.fd, SndBuf, &(bytes / 4))?)
     }
 
     /// Sends some of `iov`, at most `limit` bytes, waiting while the socket is full.
@@ -336,19 +337,6 @@ enum Cause {
     Unknown,
 }
 
-/// Asks for zero copy; if it cannot be had, says why.
-fn request_zero_copy(fd: BorrowedFd<'_>, family: libc::c_int) -> Option<Cow<'static, str>> {
-    match family {
-        libc::AF_UNIX => Some("AF_UNIX sockets cannot send from user pages".into()),
-        // Linux 6.7 to 7.0 report memory released while later parts of the same send still use it.
-        libc::AF_VSOCK => Some("vsock sockets of some kernels release memory too early".into()),
-        _ => match errqueue::allow_zero_copy(fd) {
-            Ok(()) => None,
-            Err(error) => Some(format!("the kernel refused SO_ZEROCOPY: {error}").into()),
-        },
-    }
-}
-
 impl Channel for SocketChannel {
     fn features(&self) -> Features {
         self.features
@@ -432,7 +420,7 @@ impl Channel for SocketChannel {
             self.note_loss(error);
         }
         let counts = self.loans.settle();
-        self.lend_bytes_max = usize::MAX;
+        self.lend_bytes_max = self.lend_bytes_cap;
         match self.lost {
             Some(errno) if !self.is_reset => Err(errno.into()),
             _ => Ok(counts),

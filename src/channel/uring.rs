@@ -45,6 +45,8 @@ pub struct UringChannel {
     iov: IovBuf,
     /// Largest piece to lend, lowered when the kernel refuses and tried anew after each flush.
     lend_bytes_max: usize,
+    /// Where that starts anew.
+    lend_bytes_cap: usize,
     /// Times the kernel would not pin what was to be lent.
     refusals: u64,
     copied_by_us_bytes: u64,
@@ -85,6 +87,7 @@ impl UringChannel {
                 registered: Registered::of(regions),
                 iov: IovBuf::new(),
                 lend_bytes_max: usize::MAX,
+                lend_bytes_cap: usize::MAX,
                 refusals: 0,
                 copied_by_us_bytes: 0,
             }),
@@ -127,6 +130,15 @@ impl UringChannel {
     #[cfg(test)]
     pub(super) fn lend_for_ever(&mut self) {
         self.loans.lend();
+    }
+
+    /// Keeps what is on loan below about `bytes`: the kernel charges a call's whole length while it is
+    /// under way, and what the socket queues until it is acknowledged.
+    pub fn limit_loans(&mut self, bytes: usize) -> io::Result<()> {
+        self.socket.limit_loans(bytes)?;
+        self.lend_bytes_cap = (bytes / 4).max(LEND_BYTES_MIN);
+        self.lend_bytes_max = self.lend_bytes_cap;
+        Ok(())
     }
 
     /// Lends some of `iov`, and waits while the socket is full. Where the kernel does not want to pin more
@@ -202,7 +214,7 @@ impl UringChannel {
         self.ring.send(self.socket.fd.as_fd(), &gather, sending)?;
         loop {
             let mut answer = None;
-            while let Some(completion) = self.ring.next() {
+            while let Some(completion) = self.ring.take() {
                 self.account(completion, &mut answer)?;
             }
             if let Some(answer) = answer {
@@ -247,7 +259,7 @@ impl UringChannel {
     fn reap(&mut self) -> io::Result<bool> {
         let before = self.loans.outstanding();
         self.ring.collect()?;
-        while let Some(completion) = self.ring.next() {
+        while let Some(completion) = self.ring.take() {
             self.account(completion, &mut None)?;
         }
         Ok(self.loans.outstanding() < before)
@@ -321,7 +333,7 @@ impl Channel for UringChannel {
             self.socket.note_loss(error);
         }
         let counts = self.loans.settle();
-        self.lend_bytes_max = usize::MAX;
+        self.lend_bytes_max = self.lend_bytes_cap;
         match self.socket.lost {
             Some(errno) if !self.socket.is_reset => Err(errno.into()),
             _ => Ok(counts),
@@ -339,7 +351,13 @@ impl Channel for UringChannel {
     fn zero_copy_trouble(&self, all_copied: bool) -> Option<String> {
         let socket = self.socket.fd.as_fd();
         let trouble = copies::trouble(socket, self.refusals > 0, all_copied);
-        trouble.or_else(|| self.registered.trouble())
+        let all: Vec<_> = self
+            .registered
+            .trouble()
+            .into_iter()
+            .chain(trouble)
+            .collect();
+        (!all.is_empty()).then(|| all.join("; "))
     }
 
     fn queued_bytes(&self) -> Option<u64> {

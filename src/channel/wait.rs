@@ -14,6 +14,20 @@ use crate::sys::wake::Wake;
 /// Looks at the socket's queue per stall timeout: a stall is noticed at most an eighth too late.
 const LOOKS: u32 = 8;
 
+/// Answers of a socket whose connection is gone. Others (`EFAULT`, `ENOMEM`) are about one call.
+pub(super) const GONE: [Errno; 10] = [
+    Errno::ECONNRESET,
+    Errno::EPIPE,
+    Errno::ETIMEDOUT,
+    Errno::ENOTCONN,
+    Errno::ECONNABORTED,
+    Errno::ECONNREFUSED,
+    Errno::EHOSTUNREACH,
+    Errno::ENETUNREACH,
+    Errno::EHOSTDOWN,
+    Errno::ENETDOWN,
+];
+
 /// Waits for `events`, an error or a hang-up on `fd`, until `deadline` (`None`), or until woken
 /// ([`Woken`]).
 pub(super) fn poll_until(

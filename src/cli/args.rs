@@ -1,5 +1,6 @@
 //! What is typed: the verbs, their arguments, and their help texts. Nothing is decided here.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -64,6 +65,11 @@ pub enum Command {
     ///
     /// Look at the destination first: if it runs there and you say `source`, it runs twice.
     Resolve(ResolveArgs),
+    /// Show the transfers of a daemon that have ended, also before its last restart.
+    History(HistoryArgs),
+    /// Write the final blob of a transfer, such as a machine's device state, to standard output. Of a
+    /// receiver: name its socket.
+    Blob(BlobArgs),
     /// Show the whole job on this host: receiver, sender and a busy writer, then compare every byte.
     Demo(DemoArgs),
     /// Run a writer that stamps pages at a steady rate and can be frozen; for trying things out.
@@ -76,6 +82,10 @@ pub enum Command {
     Guardian(GuardianArgs),
     /// Check a configuration file, and whether this machine can do what it asks for.
     Check(CheckArgs),
+    /// Show what this machine allows, and what to do about the rest. Exits with 1 if nothing can lend.
+    ///
+    /// Zero-copy engines are tried, not looked up.
+    Doctor(DoctorArgs),
 }
 
 /// Arguments of the daemons.
@@ -96,6 +106,8 @@ pub enum RegionCommand {
         /// Name of the Region.
         name: Name,
     },
+    /// Take a Region that was committed from a receiver, once. Its file stays under its name.
+    Take(TakeArgs),
     /// List the Regions.
     List {
         /// Print the daemon's answer as one line of JSON.
@@ -119,6 +131,45 @@ pub struct RegionAddArgs {
     /// cgroup=/sys/fs/cgroup/NAME to freeze that control group.
     #[arg(long, value_name = "KIND[=ARG]", value_parser = parse_freeze)]
     pub freeze: Option<Freeze>,
+}
+
+/// Arguments of `memferry region take`.
+#[derive(Debug, Args)]
+pub struct TakeArgs {
+    /// Name of the Region.
+    pub name: Name,
+    /// Copy it to this new file.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Run this command instead, with the memory open as the descriptor MEMFERRY_REGION_FD.
+    #[arg(
+        last = true,
+        value_name = "COMMAND",
+        required_unless_present = "output",
+        conflicts_with = "output"
+    )]
+    pub command: Vec<OsString>,
+}
+
+/// Arguments of `memferry blob`.
+#[derive(Debug, Args)]
+pub struct BlobArgs {
+    /// Id of the transfer.
+    pub id: Name,
+    /// Write it to this new file instead.
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Delete it at the receiver once it is written.
+    #[arg(long)]
+    pub delete: bool,
+}
+
+/// Arguments of `memferry history`.
+#[derive(Debug, Args)]
+pub struct HistoryArgs {
+    /// Print the daemon's answer as one line of JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How changed pages are found.
@@ -250,7 +301,7 @@ pub struct DemoArgs {
     /// How much of the Region the writer writes to.
     #[arg(long, default_value = "128MiB", value_name = "SIZE")]
     pub working_set: Size,
-    /// Zero-copy engine: auto, msg-zerocopy or off.
+    /// Zero-copy engine: auto, msg-zerocopy, io-uring, io-uring-fixed or off.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub zero_copy: String,
     /// End standard output with one line of JSON: the final state, and what the comparison found.
@@ -320,12 +371,23 @@ pub struct CheckArgs {
     pub file: PathBuf,
 }
 
+/// Arguments of `memferry doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Directory that a receiver is to use.
+    #[arg(long, value_name = "DIRECTORY", default_value = "/dev/shm")]
+    pub directory: PathBuf,
+    /// Print one line of JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `KEY=VALUE`: a number or true/false as such, everything else as text. The daemon knows the keys.
 fn parse_setting(text: &str) -> Result<(String, Value), String> {
     let Some((key, value)) = text.split_once('=').filter(|(key, _)| !key.is_empty()) else {
         return Err("write it as KEY=VALUE".into());
     };
-    if ["uri", "id", "regions", "dry-run"].contains(&key) {
+    if ["uri", "id", "regions", "dry-run", "final-fdname"].contains(&key) {
         return Err(format!("{key} has an argument of its own"));
     }
     let parsed = serde_json::from_str(value)

@@ -46,12 +46,14 @@ impl Exit {
             "not-converged" | "timeout" | "freeze-timeout" => Self::NotConverged,
             "corrupt" | "incomplete" => Self::Verification,
             "refused" | "exists" | "not-allowed" | "version" | "too-large" | "not-owner"
-            | "busy" => Self::Refused,
+            | "busy" | "region-length" => Self::Refused,
             "no-space" | "region-map" => Self::Resources,
             "invalid-argument" => Self::Usage,
             "access-denied" => Self::Unreachable,
             "unreachable" | "connection-lost" | "peer-silent" | "stalled" | "line-damage"
-            | "protocol" | "not-frozen" | "freeze-failed" | "receiver-failed" => Self::Failed,
+            | "protocol" | "not-frozen" | "freeze-failed" | "receiver-failed" | "blob-read" => {
+                Self::Failed
+            }
             // Why a Region cannot be added or moved, or a request cannot be followed: if it ends a
             // transfer, that transfer has failed, and otherwise nothing was begun.
             "region-open"
@@ -66,6 +68,9 @@ impl Exit {
             | "region-unknown"
             | "region-busy"
             | "region-moved"
+            | "region-taken"
+            | "not-committed"
+            | "no-blob"
             | "page-size"
             | "no-regions"
             | "no-such-cpu"

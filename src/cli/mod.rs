@@ -10,13 +10,16 @@ use clap::Parser;
 
 pub mod args;
 mod demo;
+mod doctor;
 pub mod exit;
+mod history;
 mod interrupts;
 mod migrate;
 pub mod output;
 pub mod progress;
 mod region;
 mod status;
+mod take;
 mod workload;
 
 use args::{Cli, Command};
@@ -34,7 +37,9 @@ pub fn run() -> ExitCode {
 
 fn dispatch(socket: &Path, command: Command) -> Exit {
     let done = match command {
-        Command::Region(command) => region::run(socket, &command).map(|()| Exit::Done),
+        Command::Region(command) => region::run(socket, &command),
+        Command::Blob(args) => take::blob(socket, &args),
+        Command::History(args) => history::run(socket, &args).map(|()| Exit::Done),
         Command::Status(args) => status::run(socket, &args).map(|()| Exit::Done),
         Command::Cancel(args) => {
             let id = args.id.as_ref().map(|id| id.as_str());
@@ -53,6 +58,7 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
         Command::Verify(args) => return workload::verify(&args),
         Command::Guardian(args) => return guardian(&args),
         Command::Check(args) => return check(&args.file),
+        Command::Doctor(args) => return doctor::run(&args),
     };
     done.unwrap_or_else(|error| {
         output::note(format_args!("memferry: {error}"));

@@ -1,16 +1,19 @@
-//! `memferry region add|remove|list`.
+//! `memferry region add|remove|list|take`.
 
 use std::path::{self, Path};
 
 use serde_json::{Value, json};
 
 use super::args::{RegionAddArgs, RegionCommand, TrackerKind};
+use super::exit::Exit;
 use super::output::{bytes, line, table, text};
+use super::take;
 use crate::client::{ClientError, Connection};
 
-pub(super) fn run(socket: &Path, command: &RegionCommand) -> Result<(), ClientError> {
+pub(super) fn run(socket: &Path, command: &RegionCommand) -> Result<Exit, ClientError> {
     let mut connection = Connection::connect(socket)?;
     match command {
+        RegionCommand::Take(args) => return take::region(connection, args),
         RegionCommand::Add(args) => {
             connection.execute("region-add", addition(args))?;
         }
@@ -26,7 +29,7 @@ pub(super) fn run(socket: &Path, command: &RegionCommand) -> Result<(), ClientEr
             }
         }
     }
-    Ok(())
+    Ok(Exit::Done)
 }
 
 /// The arguments of `region-add`. The daemon has another working directory: the path is made absolute.

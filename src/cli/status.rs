@@ -148,7 +148,9 @@ fn downtime(answer: &Value) -> Option<String> {
         };
         return Some(format!("{told:.0} ms{how}"));
     };
-    let parts = ["freeze", "send", "check", "prepare", "commit"];
+    let parts = [
+        "freeze", "scan", "send", "flush", "check", "blob", "prepare", "commit",
+    ];
     let parts: Vec<_> = parts
         .iter()
         .filter_map(|part| {

@@ -8,16 +8,16 @@ mod stop;
 mod track;
 
 use std::collections::VecDeque;
-use std::io::{self, IoSlice, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg,
-    setsockopt, socket, sockopt,
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
@@ -27,6 +27,7 @@ pub use stop::{Order, Stoppable};
 pub use track::{Tracked, Tracking};
 
 use crate::limits::CONTROL_ANSWER_BYTES_MAX;
+use crate::sys::scm;
 
 /// How long connecting, and then the greeting, may take. A daemon greets within milliseconds.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -107,6 +108,8 @@ pub struct Connection {
     buffer: Vec<u8>,
     scanned: usize,
     events: VecDeque<Event>,
+    /// Descriptors that came with what was read since the last command was sent.
+    fds: VecDeque<OwnedFd>,
     next_id: u64,
     answer_deadline: Duration,
 }
@@ -130,6 +133,7 @@ impl Connection {
             buffer: Vec::new(),
             scanned: 0,
             events: VecDeque::new(),
+            fds: VecDeque::new(),
             next_id: 0,
             answer_deadline: ANSWER_DEADLINE,
         };
@@ -151,6 +155,7 @@ impl Connection {
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
+        self.fds.clear();
         self.send(request.to_string().as_bytes())
             .map_err(|error| self.broken(doing(), error))?;
         let deadline = Instant::now() + self.answer_deadline;
@@ -180,18 +185,24 @@ impl Connection {
 
     /// Hands `fd` to the daemon under `name`, for a command that refers to it by that name.
     pub fn send_fd(&mut self, name: &str, fd: BorrowedFd<'_>) -> Result<(), ClientError> {
-        let fds = [fd.as_raw_fd()];
-        let rights = [ControlMessage::ScmRights(&fds)];
         // The byte is white space between messages; a descriptor cannot travel without one.
-        let sent = sendmsg::<()>(
-            self.stream.as_raw_fd(),
-            &[IoSlice::new(b" ")],
-            &rights,
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        );
-        sent.map_err(|errno| self.broken("while passing a descriptor".into(), errno.into()))?;
+        let sent = scm::send(self.stream.as_fd(), b" ", &[fd]);
+        sent.map_err(|error| self.broken("while passing a descriptor".into(), error))?;
         self.execute("getfd", json!({"fdname": name})).map(|_| ())
+    }
+
+    /// Sends a command whose answer comes with a descriptor, such as `region-take`.
+    pub fn execute_for_fd(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<(Value, OwnedFd), ClientError> {
+        let answer = self.execute(command, arguments)?;
+        let missing = || io::Error::other("no descriptor came with the answer");
+        match self.fds.pop_front() {
+            Some(fd) => Ok((answer, fd)),
+            None => Err(self.broken(format!("while executing {command}"), missing())),
+        }
     }
 
     /// The next event, those of the past first; `None` when there is none within `timeout`.
@@ -267,27 +278,34 @@ impl Connection {
     }
 
     fn fill(&mut self, deadline: Instant) -> io::Result<()> {
-        // What has already arrived is read even when the time is up. A timeout of zero would mean for
-        // ever, and the shortest one is a tick of the kernel's clock: too long for who only looks.
+        // What has already arrived is read even when the time is up.
         let left = deadline.saturating_duration_since(Instant::now());
-        let flags = if left.is_zero() {
-            MsgFlags::MSG_DONTWAIT
-        } else {
-            self.stream
-                .set_read_timeout(Some(left.max(Duration::from_micros(1))))?;
-            MsgFlags::empty()
-        };
-        let mut chunk = [0; 16 * 1024];
-        let read = nix::sys::socket::recv(self.stream.as_raw_fd(), &mut chunk, flags);
-        match read.map_err(io::Error::from) {
-            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => {
-                self.buffer.extend_from_slice(&chunk[..count]);
-                Ok(())
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-            Err(error) => Err(timed_out(error)),
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut readable = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut readable, left) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
         }
+        let mut chunk = [0; 16 * 1024];
+        let received = match scm::receive(self.stream.as_fd(), &mut chunk) {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                ) =>
+            {
+                return Ok(());
+            }
+            received => received?,
+        };
+        if received.bytes == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.buffer.extend_from_slice(&chunk[..received.bytes]);
+        self.fds.extend(received.fds);
+        Ok(())
     }
 
     fn broken(&self, doing: String, source: io::Error) -> ClientError {

@@ -3,8 +3,6 @@
 use std::fmt;
 use std::path::Path;
 
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
-
 use super::error::{ConfigError, Problem, Warning};
 use super::keys::Document;
 use super::region::FreezeConfig;
@@ -14,6 +12,7 @@ use crate::freeze::{Cgroup, Process};
 use super::{
     ControlConfig, ReceiverConfig, SenderConfig, ZeroCopyMode, load, parse_receiver, parse_sender,
 };
+use crate::channel::memlock_limit;
 
 /// What `memferry check FILE` says about a file without mistakes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -192,19 +191,6 @@ fn socket_warning(control: &ControlConfig) -> Option<Warning> {
 fn missing(key: &str, path: &Path) -> Option<Warning> {
     let missing = matches!(path.try_exists(), Ok(false));
     missing.then(|| Warning(format!("{key}: {} does not exist", path.display())))
-}
-
-/// Bytes this process may pin, if that is limited.
-fn memlock_limit() -> Option<u64> {
-    // CAP_IPC_LOCK (bit 14) lifts the limit. Not finding out is no reason for a warning.
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let capabilities = u64::from_str_radix(line?.trim(), 16).ok()?;
-    if capabilities & (1 << 14) != 0 {
-        return None;
-    }
-    let (soft, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
-    (soft != RLIM_INFINITY).then_some(soft)
 }
 
 /// `lent` is streams × window: the most that can be on loan to the kernel, which pins it.

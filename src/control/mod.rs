@@ -17,6 +17,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
+use std::os::fd::OwnedFd;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -69,7 +70,25 @@ pub trait Commands: Send + Sync + 'static {
     fn table(&self) -> &'static [CommandInfo];
 
     /// Runs a command of the table. Runs to its end even when the client leaves meanwhile.
-    fn execute(&self, call: Call) -> impl Future<Output = Result<Value, CommandError>> + Send;
+    fn execute(&self, call: Call) -> impl Future<Output = Result<Answer, CommandError>> + Send;
+}
+
+/// What a command that succeeded answers.
+#[derive(Debug)]
+pub struct Answer {
+    /// The `return` member.
+    pub value: Value,
+    /// Descriptors that go with the first byte of the answer.
+    pub fds: Vec<OwnedFd>,
+}
+
+impl From<Value> for Answer {
+    fn from(value: Value) -> Self {
+        Self {
+            value,
+            fds: Vec::new(),
+        }
+    }
 }
 
 /// Tells control connections apart, over the life of an [`EventBus`].
@@ -103,6 +122,16 @@ impl Call {
     /// Give the type `#[serde(deny_unknown_fields)]`: an argument nobody reads is an error.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, CommandError> {
         arguments::parse(self.arguments.clone())
+    }
+
+    /// Takes the descriptor that `getfd` stored under `name`.
+    pub fn take_fd(&self, name: &str) -> Result<OwnedFd, CommandError> {
+        self.fds.take(name).ok_or_else(|| {
+            CommandError::new(
+                code::NO_DESCRIPTOR,
+                format!("File descriptor named '{name}' has not been found"),
+            )
+        })
     }
 }
 

@@ -5,7 +5,8 @@
 //! anyone ever waiting for the client.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
@@ -18,9 +19,25 @@ pub(super) struct Outbox {
     changed: Notify,
 }
 
+/// A line, and the descriptors that go with its first byte.
+#[derive(Debug, Clone)]
+pub(super) struct Parcel {
+    pub(super) line: Line,
+    pub(super) fds: Arc<[OwnedFd]>,
+}
+
+impl From<Line> for Parcel {
+    fn from(line: Line) -> Self {
+        Self {
+            line,
+            fds: Arc::new([]),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Queue {
-    lines: VecDeque<(Line, Kind)>,
+    parcels: VecDeque<(Parcel, Kind)>,
     owed_bytes: usize,
     event_bytes: usize,
     events_dropped: u64,
@@ -37,8 +54,8 @@ enum Kind {
 
 impl Outbox {
     /// Queues an answer, or anything else that must arrive.
-    pub(super) fn owe(&self, line: Line) {
-        self.lock().push(line, Kind::Owed);
+    pub(super) fn owe(&self, parcel: impl Into<Parcel>) {
+        self.lock().push(parcel, Kind::Owed);
         self.changed.notify_waiters();
     }
 
@@ -78,23 +95,23 @@ impl Outbox {
         self.changed.notify_waiters();
     }
 
-    /// The line to write now; `None` once closed and empty. It stays queued until `written`, so that
-    /// what is half written still counts.
-    pub(super) async fn first(&self) -> Option<Line> {
-        self.when(|queue| match queue.lines.front() {
-            Some((line, _)) => Some(Some(line.clone())),
+    /// What to write now; `None` once closed and empty. It stays queued until `written`, so that what
+    /// is half written still counts.
+    pub(super) async fn first(&self) -> Option<Parcel> {
+        self.when(|queue| match queue.parcels.front() {
+            Some((parcel, _)) => Some(Some(parcel.clone())),
             None if queue.closed => Some(None),
             None => None,
         })
         .await
     }
 
-    /// The first line has been written.
+    /// The first parcel has been written.
     pub(super) fn written(&self) {
         let mut queue = self.lock();
-        match queue.lines.pop_front() {
-            Some((line, Kind::Owed)) => queue.owed_bytes -= line.len(),
-            Some((line, Kind::Event)) => queue.event_bytes -= line.len(),
+        match queue.parcels.pop_front() {
+            Some((parcel, Kind::Owed)) => queue.owed_bytes -= parcel.line.len(),
+            Some((parcel, Kind::Event)) => queue.event_bytes -= parcel.line.len(),
             None => {}
         }
         drop(queue);
@@ -143,15 +160,16 @@ impl Outbox {
 }
 
 impl Queue {
-    fn push(&mut self, line: Line, kind: Kind) {
+    fn push(&mut self, parcel: impl Into<Parcel>, kind: Kind) {
         if self.closed {
             return;
         }
+        let parcel = parcel.into();
         match kind {
-            Kind::Owed => self.owed_bytes += line.len(),
-            Kind::Event => self.event_bytes += line.len(),
+            Kind::Owed => self.owed_bytes += parcel.line.len(),
+            Kind::Event => self.event_bytes += parcel.line.len(),
         }
-        self.lines.push_back((line, kind));
+        self.parcels.push_back((parcel, kind));
     }
 }
 
@@ -164,7 +182,10 @@ mod tests {
         let outbox = Outbox::default();
         let line: Line = vec![b'x'; 64 * 1024].into();
         outbox.offer(line.clone());
-        assert!(outbox.lock().lines.is_empty(), "nobody has negotiated yet");
+        assert!(
+            outbox.lock().parcels.is_empty(),
+            "nobody has negotiated yet"
+        );
         outbox.owe_and_open(line.clone());
         for _ in 0..10 {
             outbox.offer(line.clone());

@@ -21,11 +21,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::events::EventBus;
-use super::outbox::Outbox;
+use super::outbox::{Outbox, Parcel};
 use super::parse::{Item, Splitter};
 use super::request::{self, Request};
 use super::{
-    Call, ClientId, CommandError, CommandInfo, Commands, ErrorClass, FdTable, code, encode,
+    Answer, Call, ClientId, CommandError, CommandInfo, Commands, ErrorClass, FdTable, code, encode,
 };
 use crate::limits::{CONTROL_IN_BAND_MAX, CONTROL_OUT_OF_BAND_MAX, CONTROL_REQUEST_BYTES_MAX};
 use crate::sys::scm;
@@ -134,8 +134,14 @@ impl<C: Commands> Session<C> {
             arguments,
             out_of_band,
         } = request;
-        let result = self.execute(command, arguments, out_of_band).await;
-        self.outbox.owe(encode::answer(id.as_ref(), result));
+        let (result, fds) = match self.execute(command, arguments, out_of_band).await {
+            Ok(Answer { value, fds }) => (Ok(value), fds),
+            Err(error) => (Err(error), Vec::new()),
+        };
+        self.outbox.owe(Parcel {
+            line: encode::answer(id.as_ref(), result),
+            fds: fds.into(),
+        });
     }
 
     async fn execute(
@@ -143,7 +149,7 @@ impl<C: Commands> Session<C> {
         command: String,
         arguments: Value,
         out_of_band: bool,
-    ) -> Result<Value, CommandError> {
+    ) -> Result<Answer, CommandError> {
         let call = Call {
             command,
             arguments,
@@ -162,7 +168,7 @@ impl<C: Commands> Session<C> {
                 format!("The command {name} does not support OOB"),
             ));
         }
-        match name {
+        let own = match name {
             "qmp_capabilities" => Err(not_found(
                 "Capabilities negotiation is already complete, command ignored",
             )),
@@ -178,8 +184,9 @@ impl<C: Commands> Session<C> {
                 let named: Named = call.parse()?;
                 self.fds.close(&named.fdname).map(|()| json!({}))
             }
-            _ => self.commands.execute(call).await,
-        }
+            _ => return self.commands.execute(call).await,
+        };
+        own.map(Answer::from)
     }
 }
 
@@ -331,12 +338,13 @@ fn command_list(table: &[CommandInfo]) -> Value {
 /// Writes the outbox until it is closed and empty. Fails when the client is gone, or leaves an answer
 /// unread for `deadline`. Unread events alone are no offence: they are dropped where they are queued.
 async fn write(stream: &UnixStream, outbox: &Outbox, deadline: Duration) -> io::Result<()> {
-    while let Some(line) = outbox.first().await {
-        let mut rest = &line[..];
+    while let Some(Parcel { line, fds }) = outbox.first().await {
+        let (mut rest, mut fds) = (&line[..], &fds[..]);
         while !rest.is_empty() {
-            match stream.try_write(rest) {
+            let send = || scm::send(stream.as_fd(), rest, fds);
+            match stream.try_io(Interest::WRITABLE, send) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => rest = &rest[written..],
+                Ok(written) => (rest, fds) = (&rest[written..], &[]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     let overdue = async {

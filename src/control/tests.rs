@@ -46,12 +46,13 @@ impl Commands for Toy {
             info("ping", true),
             info("huge", false),
             info("take", false),
+            info("give", false),
         ];
         TABLE
     }
 
-    async fn execute(&self, call: Call) -> Result<Value, CommandError> {
-        match call.command.as_str() {
+    async fn execute(&self, call: Call) -> Result<Answer, CommandError> {
+        let answer = match call.command.as_str() {
             "echo" | "ping" => Ok(call.arguments),
             "wait" => {
                 self.waiting.fetch_add(1, Ordering::SeqCst);
@@ -73,8 +74,15 @@ impl Commands for Toy {
                     .ok_or_else(|| CommandError::new(code::NO_DESCRIPTOR, "no such descriptor"))?;
                 Ok(json!(inode(&fd)))
             }
+            "give" => {
+                let fd: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+                let value = json!(inode(&fd));
+                let fds = vec![fd];
+                return Ok(Answer { value, fds });
+            }
             other => unreachable!("{other} is not in the table"),
-        }
+        };
+        answer.map(Answer::from)
     }
 }
 
@@ -413,4 +421,17 @@ async fn own_commands_are_listed_beside_the_daemons() {
     }
     let version = client.ask(r#"{"execute":"query-version"}"#).await;
     assert_eq!(version["return"], encode::version());
+}
+
+#[tokio::test]
+async fn an_answer_brings_its_descriptor_and_the_next_one_has_none() {
+    let fixture = Fixture::start();
+    let path = fixture.path.clone();
+    let taken = tokio::task::spawn_blocking(move || {
+        let mut client = crate::client::Connection::connect(&path).unwrap();
+        let (told, fd) = client.execute_for_fd("give", json!({})).unwrap();
+        assert_eq!(told, json!(inode(&fd)));
+        assert!(client.execute_for_fd("ping", json!({})).is_err());
+    });
+    taken.await.unwrap();
 }

@@ -60,9 +60,6 @@ pub(super) fn thaw_recorded(thaw: &[String]) -> Result<(), FreezeError> {
 
 /// Runs what is to be done in the end.
 pub(super) fn done(done: &[String]) -> Result<(), FreezeError> {
-    if done.is_empty() {
-        return Ok(());
-    }
     run(done, AFTERWARDS, Life::ItsOwn)
 }
 
@@ -203,7 +200,6 @@ mod tests {
         let commands = commands(directory.path(), "true");
         assert!(commands.stop(Duration::from_secs(60)).unwrap());
         assert!(!directory.path().join("thawed").exists());
-        done(&commands.done).unwrap();
         done(&commands.thaw).unwrap();
         assert!(directory.path().join("thawed").exists());
     }

@@ -273,6 +273,12 @@ impl Stopped {
         }
     }
 
+    /// Whether there is something to be done once the memory has another owner.
+    #[must_use]
+    pub fn has_an_end(&self) -> bool {
+        matches!(self, Self::Command { done, .. } if !done.is_empty())
+    }
+
     /// The memory has another owner: runs what is to be done then. Blocks.
     pub fn finish(&self) -> Result<(), FreezeError> {
         match self {

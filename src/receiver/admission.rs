@@ -3,7 +3,7 @@
 //! Every number of the offer is compared with its limit here; what passes is what the rest of the
 //! receiver works with.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -14,6 +14,8 @@ use crate::config::ReceiveConfig;
 use crate::limits::{REGION_BYTES_MAX, REGIONS_MAX, STREAMS_MAX, WINDOW_BYTES_MAX};
 use crate::name::Name;
 use crate::wire::{Hex128, Offer};
+
+use super::holdings::Prepared;
 
 /// Why an offer is turned down. The code and the text go to the sender.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -43,6 +45,8 @@ pub(super) struct Obligations {
     pub(super) nonces: HashSet<Hex128>,
     /// Names they will use.
     pub(super) names: HashSet<Name>,
+    /// Memory that was prepared, by name.
+    pub(super) prepared: HashMap<Name, Prepared>,
     /// Length of their Regions together.
     pub(super) total_bytes: u64,
     /// Bytes they may still allocate.
@@ -133,6 +137,27 @@ pub(super) fn admit(
                 format!("region {name} is just arriving in another transfer"),
             );
         }
+        total += region.length; // 4096 regions of 16 TiB are 2^56 bytes
+        match obligations.prepared.get(name) {
+            None => {}
+            Some(Prepared::Used) => {
+                return refuse(
+                    "exists",
+                    format!("the memory prepared for region {name} has had its commit"),
+                );
+            }
+            Some(Prepared::Open(bytes)) if *bytes != region.length => {
+                return refuse(
+                    "region-length",
+                    format!(
+                        "region {name} has {} bytes, the memory prepared for it {bytes}",
+                        region.length
+                    ),
+                );
+            }
+            // Its memory is there already.
+            Some(Prepared::Open(_)) => continue,
+        }
         // A symbolic link that leads nowhere is in the way too.
         if fs::symlink_metadata(config.directory.join(name.as_str())).is_ok() {
             let path = config.directory.join(name.as_str());
@@ -144,7 +169,6 @@ pub(super) fn admit(
                 ),
             );
         }
-        total += region.length; // 4096 regions of 16 TiB are 2^56 bytes
         data += region.data_bytes.min(region.length);
     }
     if total > config.max_total {

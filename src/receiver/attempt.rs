@@ -1,5 +1,7 @@
 //! One attempt as the receiver lives it: agree, receive, prepare, commit.
 
+mod handover;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,13 +20,18 @@ use crate::peer::{self, Connection, Conversation, PeerError};
 use crate::stats::Counter;
 use crate::stream::{IncomingSetup, IncomingStream, StreamError};
 use crate::sys::wake::Wake;
-use crate::wire::{FromReceiver, FromSender, Hex128, Offer, Status, StreamTotals, Token};
+use crate::wire::{
+    BlobAccount, FromReceiver, FromSender, Hex128, Offer, OfferedRegion, Status, StreamTotals,
+    Token,
+};
 
 use super::Receiver;
 use super::accept::GREETING;
 use super::admission::{self, Refusal};
-use super::destination::{self, DestinationFile, Hidden};
+use super::blob::ArrivingBlob;
+use super::destination::DestinationFile;
 use super::error::AttemptError;
+use super::prepared::{Place, PreparedMemory};
 
 /// Bounds on what a sender may ask for as stall timeout.
 const PATIENCE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3600));
@@ -43,7 +50,7 @@ pub(super) struct Entry {
     epoch: u32,
     data_bytes: u64,
     total_bytes: u64,
-    destinations: Arc<[DestinationFile]>,
+    destinations: Arc<[Place]>,
     claimed: Vec<AtomicBool>,
     streams: mpsc::Sender<(u16, Connection)>,
 }
@@ -74,6 +81,7 @@ impl Entry {
         let allocated: u64 = self
             .destinations
             .iter()
+            .filter_map(Place::file)
             .map(DestinationFile::allocated_bytes)
             .sum();
         self.data_bytes.saturating_sub(allocated)
@@ -138,8 +146,11 @@ async fn take(receiver: &Arc<Receiver>, connection: Connection, from: &str, offe
             .map(|region| (region.name.clone(), region.length))
             .collect(),
         received: Arc::default(),
+        admitted: false,
         accepted: false,
         crew: None,
+        blob: None,
+        blob_bytes: None,
     };
     tracing::info!(id = %attempt.id, from, nonce = %attempt.nonce, regions = attempt.regions.len(), "a transfer is offered");
     let ended = attempt.run(&offer).await;
@@ -174,14 +185,19 @@ struct Attempt {
     nonce: Hex128,
     regions: Vec<(Name, u64)>,
     received: Arc<Counter>,
+    /// Whether the offer was found good: it may have claimed prepared memory.
+    admitted: bool,
     accepted: bool,
     crew: Option<Crew>,
+    blob: Option<ArrivingBlob>,
+    /// Length of the blob that was committed.
+    blob_bytes: Option<u64>,
 }
 
 /// What exists from the acceptance on.
 struct Crew {
     token: Token,
-    setup: Arc<IncomingSetup<DestinationFile>>,
+    setup: Arc<IncomingSetup<Place>>,
     arriving: mpsc::Receiver<(u16, Connection)>,
     wake: Wake,
     threads: Vec<thread::JoinHandle<()>>,
@@ -207,10 +223,10 @@ impl Attempt {
         self.report("setup", None);
         self.gather_streams(offer.streams).await?;
         self.report("active", None);
-        let totals = self.receive().await?;
-        let hidden = self.prepare(&totals).await?;
+        let (totals, blob) = self.receive().await?;
+        let ready = self.prepare(&totals, blob).await?;
         self.talk.say(&FromReceiver::Prepared {}).await?;
-        self.commit(hidden).await
+        self.commit(ready).await
     }
 
     /// Checks the offer and makes what it needs. Nothing of it is visible in the directory.
@@ -234,15 +250,9 @@ impl Attempt {
         if offer.dry_run {
             return Ok(token);
         }
-        let create = |region: &crate::wire::OfferedRegion| {
-            DestinationFile::create(
-                &config.directory,
-                region.name.clone(),
-                region.length,
-                config.huge_pages,
-            )
-        };
-        let destinations: Arc<[_]> = offer.regions.iter().map(create).collect::<Result<_, _>>()?;
+        self.admitted = true;
+        let places = offer.regions.iter().map(|region| self.place(region));
+        let destinations: Arc<[_]> = places.collect::<Result<_, _>>()?;
         let assembly = Assembly::new(0, offer.streams, self.regions.iter().cloned());
         let (streams, arriving) = mpsc::channel(offer.streams.into());
         let (report_end, ends) = mpsc::unbounded_channel();
@@ -255,7 +265,9 @@ impl Attempt {
             data_bytes: offer
                 .regions
                 .iter()
-                .map(|region| region.data_bytes.min(region.length))
+                .zip(destinations.iter())
+                .filter(|(_, place)| place.file().is_some())
+                .map(|(region, _)| region.data_bytes.min(region.length))
                 .sum(),
             destinations: Arc::clone(&destinations),
             claimed: std::iter::repeat_with(AtomicBool::default)
@@ -279,6 +291,21 @@ impl Attempt {
             report_end,
         });
         Ok(token)
+    }
+
+    /// Where a Region is to arrive: memory that was prepared for it, or a new file.
+    fn place(&self, offered: &OfferedRegion) -> Result<Place, AttemptError> {
+        let claimed = self.receiver.lock().holdings.claim(&offered.name, &self.id);
+        if let Some(region) = claimed {
+            region.check_length()?;
+            let memory =
+                PreparedMemory::new(region).map_err(AttemptError::local("open /dev/zero"))?;
+            return Ok(Place::Prepared(memory));
+        }
+        let config = &self.receiver.config;
+        let (name, bytes) = (offered.name.clone(), offered.length);
+        let file = DestinationFile::create(&config.directory, name, bytes, config.huge_pages)?;
+        Ok(Place::New(file))
     }
 
     fn crew(&mut self) -> &mut Crew {
@@ -307,75 +334,24 @@ impl Attempt {
     }
 
     /// Lets the streams work until the sender says that it is done.
-    async fn receive(&mut self) -> Result<Vec<StreamTotals>, AttemptError> {
+    async fn receive(&mut self) -> Result<(Vec<StreamTotals>, Option<BlobAccount>), AttemptError> {
         let crew = self.crew.as_mut().expect("an accepted attempt has a crew");
-        tokio::select! {
-            message = self.talk.hear() => match message? {
-                FromSender::Prepare { streams } => Ok(streams),
-                other => Err(unexpected(Ok(other))),
-            },
-            Some((stream, end)) = crew.ends.recv() => Err(failure(stream, end, &mut self.talk).await),
-        }
-    }
-
-    /// Everything is there and intact, and every file has a name to be renamed from. The streams end
-    /// first: what is not in place now never will be.
-    async fn prepare(&mut self, totals: &[StreamTotals]) -> Result<Vec<Hidden>, AttemptError> {
-        let nonce = self.nonce;
-        let setup = Arc::clone(&self.crew().setup);
-        self.crew().end_streams().await;
-        setup.assembly.verdict(totals)?;
-        let hide = move || {
-            let files = setup.destinations.iter().enumerate();
-            files
-                .map(|(index, file)| file.hide(nonce, index))
-                .collect::<io::Result<Vec<_>>>()
-        };
-        // On a disk this writes the Regions out, so it is not for the control plane's thread.
-        let hidden = tokio::task::spawn_blocking(hide)
-            .await
-            .map_err(io::Error::from);
-        hidden
-            .and_then(|hidden| hidden)
-            .map_err(AttemptError::local(
-                "link the regions into receive.directory",
-            ))
-    }
-
-    /// The one step after which the Regions are ours. There is no way back behind the record.
-    async fn commit(&mut self, hidden: Vec<Hidden>) -> Result<(), AttemptError> {
-        match self.talk.hear().await? {
-            FromSender::Commit { nonce } if nonce == self.nonce => {}
-            other => return Err(unexpected(Ok(other))),
-        }
-        let boot_id = self.receiver.boot_id.clone();
-        let moves: Vec<_> = hidden.iter().map(Hidden::its_move).collect();
-        let record = Decision::Committed {
-            boot_id,
-            moves: moves.clone(),
-        };
-        let decided = self.receiver.journal.decide(self.nonce, record);
-        match decided.map_err(AttemptError::local("write the commit record"))? {
-            Decision::Committed { moves: decided, .. } if decided == moves => {}
-            Decision::Committed { .. } | Decision::Refused { .. } => {
-                let desc = "this attempt was decided before, and not in favour of this receiver";
-                return Err(Refusal::new("refused", desc).into());
+        loop {
+            tokio::select! {
+                message = self.talk.hear() => match message? {
+                    FromSender::Prepare { streams, blob } => return Ok((streams, blob)),
+                    FromSender::Blob(piece) => {
+                        if self.blob.is_none() {
+                            let made = ArrivingBlob::new(&self.receiver.journal);
+                            self.blob = Some(made.map_err(AttemptError::local("keep the final blob"))?);
+                        }
+                        self.blob.as_mut().map_or(Ok(()), |blob| blob.add(&piece))?;
+                    }
+                    other => return Err(unexpected(Ok(other))),
+                },
+                Some((stream, end)) = crew.ends.recv() => return Err(failure(stream, end, &mut self.talk).await),
             }
         }
-        hidden.into_iter().for_each(Hidden::keep);
-        destination::roll_forward(&moves);
-        self.receiver
-            .lock()
-            .committed
-            .extend(self.regions.iter().cloned());
-        // If this is lost the sender asks again, and the record answers.
-        let told = self.talk.say(&FromReceiver::Committed {}).await;
-        tracing::info!(id = %self.id, told = told.is_ok(), "committed: the regions are owned here now");
-        self.report("completed", None);
-        // The sender hangs up when it has heard. Unmapping the memory here takes milliseconds per GiB,
-        // and on few cores they would be part of its downtime.
-        let _ = timeout(REASON_WAIT, self.talk.hear()).await;
-        Ok(())
     }
 
     /// Ends every thread and forgets the attempt. Files without a name vanish with their descriptors.
@@ -383,6 +359,9 @@ impl Attempt {
         if let Some(mut crew) = self.crew.take() {
             crew.end_streams().await;
             self.receiver.lock().attempts.remove(&crew.token);
+        }
+        if self.admitted {
+            self.receiver.lock().holdings.ended(&self.id, false);
         }
     }
 
@@ -395,6 +374,9 @@ impl Attempt {
             "regions": names,
             "ram": {"total": total, "transferred": self.received.get()},
         });
+        if let Some(bytes) = self.blob_bytes {
+            shown["blob-size"] = bytes.into();
+        }
         if let Some(error) = error {
             shown["error"] = error;
         }

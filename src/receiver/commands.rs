@@ -1,33 +1,35 @@
 //! What the receiver's control socket answers.
 
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::control::{Call, CommandError, CommandInfo, Commands};
+use crate::control::{Answer, Call, CommandError, CommandInfo, Commands, code};
 use crate::name::Name;
 
 use super::Receiver;
+use super::holdings::{Client, Memory, Preparation};
+
+const fn command(name: &'static str) -> CommandInfo {
+    CommandInfo { name, oob: false }
+}
 
 const TABLE: &[CommandInfo] = &[
-    CommandInfo {
-        name: "query-migrate",
-        oob: false,
-    },
-    CommandInfo {
-        name: "query-regions",
-        oob: false,
-    },
-    CommandInfo {
-        name: "query-status",
-        oob: false,
-    },
-    CommandInfo {
-        name: "quit",
-        oob: false,
-    },
+    command("region-add"),
+    command("region-del"),
+    command("region-take"),
+    command("query-regions"),
+    command("blob-take"),
+    command("blob-del"),
+    command("migrate-continue"),
+    command("query-migrate"),
+    command("query-history"),
+    command("query-status"),
+    command("quit"),
 ];
 
 #[derive(Debug)]
@@ -46,6 +48,42 @@ struct Nothing {}
 #[serde(deny_unknown_fields)]
 struct QueryMigrate {
     id: Option<Name>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct RegionAdd {
+    name: Name,
+    path: Option<PathBuf>,
+    fdname: Option<String>,
+    page_size: Option<u64>,
+    #[serde(default)]
+    confirm: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Region {
+    name: Name,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Transfer {
+    id: Name,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Continue {
+    id: Name,
+    state: State,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum State {
+    PreSwitchover,
 }
 
 impl ReceiverCommands {
@@ -75,12 +113,53 @@ impl ReceiverCommands {
         }
     }
 
-    fn query_regions(&self) -> Value {
-        let state = self.receiver.lock();
-        let directory = &self.receiver.config.directory;
-        let show = |(name, bytes): &(Name, u64)| json!({"name": name, "size": bytes, "path": directory.join(name.as_str())});
-        state.committed.iter().map(show).collect()
+    fn region_add(&self, call: &Call) -> Result<Value, CommandError> {
+        let add: RegionAdd = call.parse()?;
+        let memory = match (add.path, add.fdname) {
+            (Some(path), None) if !path.is_absolute() => {
+                return Err(invalid(
+                    "Parameter 'path' expects an absolute path: the daemon has its own working directory",
+                ));
+            }
+            (Some(path), None) => Memory::Path(path),
+            (None, Some(fdname)) => Memory::Descriptor(call.take_fd(&fdname)?),
+            _ => return Err(invalid("region-add takes either 'path' or 'fdname'")),
+        };
+        let client = Client {
+            id: call.client,
+            gone: call.gone.clone(),
+        };
+        self.receiver.lock().holdings.prepare(Preparation {
+            name: add.name,
+            memory,
+            page_size: add.page_size,
+            client,
+            confirm: add.confirm,
+        })?;
+        Ok(json!({}))
     }
+
+    fn migrate_continue(&self, call: &Call) -> Result<Value, CommandError> {
+        let Continue {
+            id,
+            state: State::PreSwitchover,
+        } = call.parse()?;
+        if self.receiver.lock().questions.answer(&id, call.client) {
+            return Ok(json!({}));
+        }
+        let text = format!("'{id}' does not wait for that, or not for this connection");
+        Err(CommandError::new("not-waiting", text))
+    }
+}
+
+fn invalid(desc: impl Into<String>) -> CommandError {
+    CommandError::new(code::INVALID_ARGUMENT, desc)
+}
+
+/// An answer that comes with a descriptor.
+fn with_fd((value, fd): (Value, OwnedFd)) -> Answer {
+    let fds = vec![fd];
+    Answer { value, fds }
 }
 
 impl Commands for ReceiverCommands {
@@ -88,12 +167,36 @@ impl Commands for ReceiverCommands {
         TABLE
     }
 
-    async fn execute(&self, call: Call) -> Result<Value, CommandError> {
-        match call.command.as_str() {
-            "query-migrate" => self.query_migrate(call.parse::<QueryMigrate>()?.id.as_ref()),
+    async fn execute(&self, call: Call) -> Result<Answer, CommandError> {
+        let answer = match call.command.as_str() {
+            "region-add" => self.region_add(&call),
+            "region-del" => {
+                let Region { name } = call.parse()?;
+                self.receiver.lock().holdings.remove(&name)?;
+                Ok(json!({}))
+            }
+            "region-take" => {
+                let Region { name } = call.parse()?;
+                return self.receiver.lock().holdings.take(&name).map(with_fd);
+            }
             "query-regions" => {
                 let Nothing {} = call.parse()?;
-                Ok(self.query_regions())
+                Ok(self.receiver.lock().holdings.to_json())
+            }
+            "blob-take" => {
+                let Transfer { id } = call.parse()?;
+                return self.receiver.lock().blobs.take(&id).map(with_fd);
+            }
+            "blob-del" => {
+                let Transfer { id } = call.parse()?;
+                self.receiver.lock().blobs.delete(&id)?;
+                Ok(json!({}))
+            }
+            "migrate-continue" => self.migrate_continue(&call),
+            "query-migrate" => self.query_migrate(call.parse::<QueryMigrate>()?.id.as_ref()),
+            "query-history" => {
+                let Nothing {} = call.parse()?;
+                Ok(self.receiver.history.latest().into())
             }
             "query-status" => {
                 let Nothing {} = call.parse()?;
@@ -105,6 +208,7 @@ impl Commands for ReceiverCommands {
                 Ok(json!({}))
             }
             other => unreachable!("{other} is not in the table"),
-        }
+        };
+        answer.map(Answer::from)
     }
 }

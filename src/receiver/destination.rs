@@ -65,6 +65,11 @@ impl DestinationFile {
         Ok(Self { region, final_path })
     }
 
+    /// Where it will be once it is committed.
+    pub(super) fn final_path(&self) -> &Path {
+        &self.final_path
+    }
+
     /// Bytes of memory it holds by now.
     pub(super) fn allocated_bytes(&self) -> u64 {
         self.region.allocated_bytes().unwrap_or(0)

@@ -3,10 +3,11 @@
 use std::io;
 
 use crate::assembly::Violation;
+use crate::limits::BLOB_BYTES_MAX;
 use crate::peer::PeerError;
 use crate::region::RegionError;
 use crate::stream::StreamError;
-use crate::wire::FromSender;
+use crate::wire::{BlobAccount, FromSender};
 
 use super::admission::Refusal;
 
@@ -25,6 +26,15 @@ pub(super) enum AttemptError {
     Incomplete(#[from] Violation),
     #[error(transparent)]
     Region(#[from] RegionError),
+    #[error(
+        "the final blob that arrived is not the one that was sent: {arrived:?} and {account:?}"
+    )]
+    Blob {
+        arrived: Option<BlobAccount>,
+        account: Option<BlobAccount>,
+    },
+    #[error("the final blob has {bytes} bytes or more, {BLOB_BYTES_MAX} are allowed")]
+    BlobTooLarge { bytes: u64 },
     #[error("stream {0} ended before the transfer did")]
     StreamEnded(u16),
     #[error("{arrived} of {streams} streams arrived within {seconds} s (stall-timeout)")]
@@ -49,7 +59,8 @@ impl AttemptError {
             Self::Aborted { code, .. } => code,
             Self::Peer(error) => error.code(),
             Self::Stream(error) => error.code(),
-            Self::Incomplete(_) => "incomplete",
+            Self::Incomplete(_) | Self::Blob { .. } => "incomplete",
+            Self::BlobTooLarge { .. } => "too-large",
             Self::Region(error) => error.code(),
             Self::StreamEnded(_) => "connection-lost",
             Self::StreamsMissing { .. } => "stalled",

@@ -9,12 +9,16 @@
 mod accept;
 mod admission;
 mod attempt;
+mod blob;
 mod commands;
 mod destination;
 mod error;
+mod holdings;
+mod prepared;
+mod questions;
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
@@ -23,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{ReceiveConfig, ReceiverConfig, load_receiver};
 use crate::control::{EventBus, Server};
 use crate::daemon::{self, DaemonError};
+use crate::history::History;
 use crate::journal::{Decision, Journal};
 use crate::limits::{ATTEMPTS_REMEMBERED_MAX, RECORDS_MAX};
 use crate::name::Name;
@@ -31,6 +36,9 @@ use crate::wire::{BootId, Hex128, Owner, Token};
 
 use admission::Obligations;
 use attempt::Entry;
+use blob::Blobs;
+use holdings::Holdings;
+use questions::Questions;
 
 /// Everything the receiver's tasks share.
 #[derive(Debug)]
@@ -39,6 +47,7 @@ struct Receiver {
     journal: Journal,
     boot_id: BootId,
     events: EventBus,
+    history: History,
     state: Mutex<State>,
 }
 
@@ -48,8 +57,9 @@ struct State {
     attempts: HashMap<Token, Arc<Entry>>,
     /// What came of attempts, as `query-migrate` shows it; the latest news last.
     seen: Vec<(Name, Value)>,
-    /// Regions that were committed since the daemon started, with their length.
-    committed: Vec<(Name, u64)>,
+    holdings: Holdings,
+    blobs: Blobs,
+    questions: Questions,
 }
 
 impl Receiver {
@@ -62,6 +72,7 @@ impl Receiver {
         let state = self.lock();
         let mut obligations = Obligations {
             attempts: state.attempts.len(),
+            prepared: state.holdings.prepared().collect(),
             ..Obligations::default()
         };
         for entry in state.attempts.values() {
@@ -76,16 +87,30 @@ impl Receiver {
 
     /// Shows `status` for an attempt, and announces it.
     fn report(&self, id: &Name, status: Value) {
-        let event = json!({"id": id, "status": status["status"], "regions": status["regions"]});
-        {
+        let mut event = json!({"id": id, "status": status["status"], "regions": status["regions"]});
+        if let Some(bytes) = status.get("blob-size") {
+            event["blob-size"] = bytes.clone();
+        }
+        let owners = {
             let mut state = self.lock();
             state.seen.retain(|(other, _)| other != id);
             if state.seen.len() >= ATTEMPTS_REMEMBERED_MAX {
                 state.seen.remove(0);
             }
+            if ["completed", "failed", "cancelled"]
+                .map(Some)
+                .contains(&status["status"].as_str())
+            {
+                self.history.add(status.clone());
+            }
             state.seen.push((id.clone(), status));
+            state.holdings.clients(id)
+        };
+        // Whoever prepared memory does not miss what becomes of it.
+        for owner in &owners {
+            let _ = self.events.publish_to(*owner, "MIGRATION", event.clone());
         }
-        self.events.publish("MIGRATION", event);
+        self.events.publish_to_others(&owners, "MIGRATION", event);
     }
 
     /// Who owns the Regions of an attempt. Without a commit record the answer is "not this receiver",
@@ -112,13 +137,31 @@ impl Receiver {
 
     /// Finishes what a receiver that died had committed, and removes what it had not.
     fn recover(&self) -> std::io::Result<()> {
-        let mut committed: Vec<PathBuf> = Vec::new();
+        let (mut committed, mut blobs) = (Vec::new(), Vec::new());
         for record in self.journal.all::<Decision>()? {
-            if let Decision::Committed { moves, .. } = record {
-                destination::roll_forward(&moves);
-                committed.extend(moves.into_iter().map(|(from, _)| from));
+            let Decision::Committed {
+                id, moves, blob, ..
+            } = record
+            else {
+                continue;
+            };
+            destination::roll_forward(&moves);
+            let mut state = self.lock();
+            for (from, to) in moves {
+                // What its owner has removed since is nobody's any more.
+                if let Ok(meta) = std::fs::metadata(&to)
+                    && let Some(name) = to.file_name().and_then(|name| name.to_str())
+                    && let Ok(name) = Name::new(name)
+                {
+                    state.holdings.committed_file(name, to, meta.len());
+                }
+                committed.push(from);
             }
+            blobs.extend(blob.map(|(path, account)| (id, path, account)));
         }
+        let kept: Vec<_> = blobs.iter().map(|(_, path, _)| path.clone()).collect();
+        self.journal.remove_blobs_except(&kept)?;
+        self.lock().blobs.recover(blobs);
         destination::remove_abandoned(&self.config.directory, &committed)
     }
 }
@@ -149,6 +192,7 @@ async fn serve(config: ReceiverConfig) -> Result<(), DaemonError> {
         config: config.receive,
         journal,
         events: EventBus::new(),
+        history: History::open(&config.state.directory, "receiver"),
         state: Mutex::default(),
     });
     receiver.recover().map_err(DaemonError::setup(format!(

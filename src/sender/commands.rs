@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::config::{FreezeConfig, TrackerConfig};
-use crate::control::{Call, ClientId, CommandError, CommandInfo, Commands, code};
+use crate::control::{Answer, Call, CommandError, CommandInfo, Commands, code};
 use crate::endpoint::Endpoint;
 use crate::name::Name;
 use crate::wire::{Hex128, Owner};
@@ -31,6 +31,7 @@ const TABLE: &[CommandInfo] = &[
     command("migrate-continue", true),
     command("migrate-resolve", false),
     command("query-migrate", false),
+    command("query-history", false),
     command("query-status", false),
     command("quit", false),
 ];
@@ -74,6 +75,8 @@ struct OfAttempt {
 struct Continue {
     id: Option<Name>,
     state: Question,
+    /// Of the final blob.
+    fdname: Option<String>,
 }
 
 /// The states in which clients are asked something.
@@ -106,10 +109,11 @@ struct Migrate {
     regions: Option<Vec<Name>>,
     #[serde(default)]
     dry_run: bool,
+    final_fdname: Option<String>,
 }
 
 /// The members of [`Migrate`]; whatever else `migrate` is given is a parameter.
-const MIGRATE_MEMBERS: [&str; 4] = ["uri", "id", "regions", "dry-run"];
+const MIGRATE_MEMBERS: [&str; 5] = ["uri", "id", "regions", "dry-run", "final-fdname"];
 
 impl SenderCommands {
     pub(super) fn new(sender: Arc<Sender>) -> Self {
@@ -125,12 +129,7 @@ impl SenderCommands {
                 ));
             }
             (Some(path), None) => Source::Path(path),
-            (None, Some(fdname)) => Source::Descriptor(call.fds.take(fdname).ok_or_else(|| {
-                CommandError::new(
-                    code::NO_DESCRIPTOR,
-                    format!("File descriptor named '{fdname}' has not been found"),
-                )
-            })?),
+            (None, Some(fdname)) => Source::Descriptor(call.take_fd(fdname)?),
             _ => return Err(invalid("region-add takes either 'path' or 'fdname'")),
         };
         let mut state = self.sender.lock();
@@ -157,7 +156,7 @@ impl SenderCommands {
             .partition(|(key, _)| MIGRATE_MEMBERS.contains(&key.as_str()));
         let migrate: Migrate = Call {
             arguments: members.into(),
-            ..call
+            ..call.clone()
         }
         .parse()?;
         let parameters = self.sender.parameters.with_overrides(&parameters);
@@ -170,6 +169,8 @@ impl SenderCommands {
             tracing::warn!(%endpoint, "memory goes over this connection in the clear");
         }
         let id = migrate.id.map_or_else(generated_id, Ok)?;
+        let final_blob = migrate.final_fdname.map(|name| call.take_fd(&name));
+        let final_blob = final_blob.transpose()?;
 
         let (attempt, claim, order) = {
             let mut state = self.sender.lock();
@@ -202,8 +203,11 @@ impl SenderCommands {
                 Some((registered.client.clone()?, registered.region.name().clone()))
             });
             let clients = Clients::new(clients);
-            let events = self.sender.events.clone();
-            let attempt = Attempt::new(id, names, total, parameters, events, clients);
+            let (events, history) = (self.sender.events.clone(), self.sender.history.clone());
+            let attempt = Attempt::new(id, names, total, parameters, events, history, clients);
+            if let Some(fd) = final_blob {
+                attempt.give_final_blob(fd);
+            }
             let order = Order {
                 endpoint,
                 regions,
@@ -268,7 +272,8 @@ impl SenderCommands {
     }
 
     /// A client answers what it was asked by the event of this state.
-    fn go_on(&self, client: ClientId, answer: &Continue) -> Result<Value, CommandError> {
+    fn go_on(&self, call: &Call) -> Result<Value, CommandError> {
+        let answer: Continue = call.parse()?;
         let attempt = self.sender.attempt(answer.id.as_ref());
         let attempt = attempt.ok_or_else(|| match &answer.id {
             Some(id) => no_such(id),
@@ -278,7 +283,16 @@ impl SenderCommands {
             Question::PreSwitchover => Said::StandsStill,
             Question::Completing => Said::HandsOver,
         };
-        if attempt.answered(client, said) {
+        if let Some(name) = &answer.fdname {
+            // Before the answer counts: the blob is read as soon as all have answered.
+            let fd = call.take_fd(name)?;
+            if said != Said::StandsStill || !attempt.give_final_blob(fd) {
+                return Err(invalid(
+                    "A final blob comes once, and with the answer to pre-switchover",
+                ));
+            }
+        }
+        if attempt.answered(call.client, said) {
             return Ok(json!({}));
         }
         let text = format!(
@@ -320,8 +334,8 @@ impl Commands for SenderCommands {
         TABLE
     }
 
-    async fn execute(&self, call: Call) -> Result<Value, CommandError> {
-        match call.command.as_str() {
+    async fn execute(&self, call: Call) -> Result<Answer, CommandError> {
+        let answer = match call.command.as_str() {
             "region-add" => self.region_add(&call),
             "region-del" => {
                 let RegionDel { name } = call.parse()?;
@@ -334,9 +348,13 @@ impl Commands for SenderCommands {
             }
             "migrate" => self.migrate(call).await,
             "migrate_cancel" => self.cancel(call.parse::<OfAttempt>()?.id.as_ref()),
-            "migrate-continue" => self.go_on(call.client, &call.parse()?),
+            "migrate-continue" => self.go_on(&call),
             "migrate-resolve" => self.resolve(&call.parse()?),
             "query-migrate" => self.query_migrate(call.parse::<OfAttempt>()?.id.as_ref()),
+            "query-history" => {
+                let Nothing {} = call.parse()?;
+                Ok(self.sender.history.latest().into())
+            }
             "query-status" => {
                 let Nothing {} = call.parse()?;
                 Ok(json!({"status": "running", "running": true}))
@@ -347,7 +365,8 @@ impl Commands for SenderCommands {
                 Ok(json!({}))
             }
             other => unreachable!("{other} is not in the table"),
-        }
+        };
+        answer.map(Answer::from)
     }
 }
 

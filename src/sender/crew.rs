@@ -10,12 +10,13 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use tokio::sync::mpsc;
 
-use crate::channel::{Patience, SocketChannel};
+use crate::channel::{self, Engine, Opened, Patience, SocketChannel};
 use crate::config::{CpuList, ZeroCopyMode};
+use crate::dirty::Tracker;
 use crate::iteration::Plan;
 use crate::peer::{self, Connection};
 use crate::stats::StreamStats;
-use crate::stream::{Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, ZeroCopyWish};
+use crate::stream::{Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, Tell};
 use crate::sys::wake::Wake;
 
 use super::error::TransferError;
@@ -56,21 +57,41 @@ impl Crew {
         connection: Connection,
         setup: StreamSetup,
         mode: ZeroCopyMode,
+        streams: u16,
         stats: Arc<StreamStats>,
+        tell: Tell,
     ) -> io::Result<()> {
         let index = u16::try_from(self.members.len()).expect("streams are limited to 256");
-        let wish = wish(mode);
         let patience = Patience {
             stall_timeout: setup.stall_timeout,
             wake: self.wake.clone(),
         };
-        let lend = !matches!(wish, ZeroCopyWish::Off(_));
-        let channel = SocketChannel::new(peer::into_descriptor(connection)?, patience, lend)?;
-        let wish = match channel.zero_copy_refusal() {
-            Some(reason) => ZeroCopyWish::Off(reason.to_owned()),
-            None => wish,
+        let fd = peer::into_descriptor(connection)?;
+        let wanted = match mode {
+            ZeroCopyMode::Off => None,
+            ZeroCopyMode::Auto => Some(None),
+            ZeroCopyMode::MsgZerocopy => Some(Some(Engine::MsgZerocopy)),
+            ZeroCopyMode::IoUring => Some(Some(Engine::IoUring)),
+            ZeroCopyMode::IoUringFixed => Some(Some(Engine::IoUringFixed)),
         };
-        let stream = OutgoingStream::new(index, Box::new(channel), setup, wish, stats);
+        let opened = match wanted {
+            None => Opened {
+                channel: Box::new(SocketChannel::new(fd, patience, false)?),
+                engine: None,
+                note: String::new(),
+            },
+            Some(wanted) => {
+                // What is never sent from a registration is not registered either.
+                let regions = setup
+                    .regions
+                    .iter()
+                    .filter(|(_, tracker)| setup.integrity || matches!(tracker, Tracker::None));
+                let regions = regions.map(|(region, _)| Arc::clone(region));
+                let share = channel::share(channel::memlock_limit(), streams);
+                channel::open(fd, patience, wanted, regions.collect(), share)?
+            }
+        };
+        let stream = OutgoingStream::new(index, opened, setup, stats, tell);
         // One job is under way or waiting; the barrier between Iterations lets there be no second.
         let (jobs, next) = jobs::sync_channel(1);
         let report = self.report.clone();
@@ -183,19 +204,6 @@ fn work(
             }
             return;
         }
-    }
-}
-
-/// What a mode means for this version's engines.
-fn wish(mode: ZeroCopyMode) -> ZeroCopyWish {
-    let engine = "this version has no io_uring engine";
-    match mode {
-        ZeroCopyMode::Auto => ZeroCopyWish::Auto,
-        ZeroCopyMode::MsgZerocopy => ZeroCopyWish::Always(String::new()),
-        ZeroCopyMode::IoUring | ZeroCopyMode::IoUringFixed => {
-            ZeroCopyWish::Always(engine.to_owned())
-        }
-        ZeroCopyMode::Off => ZeroCopyWish::Off(String::new()),
     }
 }
 

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::config::CpuList;
 use crate::dirty::TrackerError;
 use crate::freeze::FreezeError;
+use crate::limits::BLOB_BYTES_MAX;
 use crate::name::Name;
 use crate::peer::PeerError;
 use crate::region::RegionError;
@@ -65,6 +66,12 @@ pub(super) enum TransferError {
         "region {name}: tracker scan of a live writer needs integrity = \"crc32c\": without checksums a value that comes and goes between two scans is lost"
     )]
     ScanWithoutIntegrity { name: Name },
+    #[error(
+        "cannot read the final blob: {source}: a file is read whole, a pipe to its end within freeze-timeout"
+    )]
+    BlobUnread { source: io::Error },
+    #[error("the final blob is longer than {BLOB_BYTES_MAX} bytes")]
+    BlobTooLarge,
     #[error("no CPU of cpus = \"{list}\" is one that the sender may use: it may use {usable:?}")]
     NoCpu { list: CpuList, usable: Vec<usize> },
     #[error("{0} is not served by this version")]
@@ -97,6 +104,8 @@ impl TransferError {
             Self::NotFrozen { .. } => "not-frozen",
             Self::Corrupt { .. } => "corrupt",
             Self::ScanWithoutIntegrity { .. } | Self::NotServed(_) => "invalid-argument",
+            Self::BlobUnread { .. } => "blob-read",
+            Self::BlobTooLarge => "too-large",
             Self::NoCpu { .. } => "no-such-cpu",
             Self::OutOfPlace(_) => "protocol",
             Self::SenderDied | Self::Local { .. } => "sender-failed",

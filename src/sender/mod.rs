@@ -11,6 +11,7 @@ mod commands;
 mod crew;
 mod debt;
 mod error;
+mod moved;
 mod registry;
 mod resolve;
 mod standstill;
@@ -30,6 +31,7 @@ use crate::config::{SenderConfig, TransferParameters, load_sender};
 use crate::control::{CommandError, EventBus, Server};
 use crate::daemon::{self, DaemonError};
 use crate::guardian::{Asked, Guardian};
+use crate::history::History;
 use crate::journal::{self, CommitSent, Journal};
 use crate::limits::ATTEMPTS_REMEMBERED_MAX;
 use crate::name::Name;
@@ -38,6 +40,7 @@ use crate::wire::{BootId, Owner};
 
 use clients::Clients;
 use error::TransferError;
+use moved::Moved;
 use registry::{Claim, Registry, Source};
 use status::{Attempt, Status};
 use transfer::{Order, Outcome, Transfer};
@@ -53,12 +56,13 @@ struct Sender {
     guardian: Arc<Mutex<Guardian>>,
     boot_id: BootId,
     events: EventBus,
+    history: Arc<History>,
     state: Mutex<State>,
     transfers: TaskTracker,
     shutdown: CancellationToken,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     registry: Registry,
     /// Attempts by id, and the order in which they were started.
@@ -123,24 +127,26 @@ impl Sender {
             Ok(transfer) => transfer.drive().await,
             Err(error) => Err(error),
         };
-        let moved = match driven {
+        match driven {
             Ok(Outcome::Committed(record)) => {
+                self.lock().registry.release(&claim, true);
                 attempt.enter(Status::Completed);
                 resolve::finish(&record).await;
                 self.forget(&record);
-                true
             }
             Ok(Outcome::Indeterminate(record)) => {
-                let owner =
-                    resolve::resolve(&attempt, &record, &self.journal, &self.shutdown).await;
-                owner != Some(Owner::Source)
+                // Without an answer the claim stands until the daemon ends.
+                if let Some(owner) = resolve::resolve(&attempt, &record, &self.shutdown).await {
+                    let moved = owner != Owner::Source;
+                    self.lock().registry.release(&claim, moved);
+                    self.forget(&record);
+                }
             }
             Err(error) => {
                 attempt.fail(&error);
-                false
+                self.lock().registry.release(&claim, false);
             }
-        };
-        self.lock().registry.release(&claim, moved);
+        }
     }
 
     fn forget(&self, record: &CommitSent) {
@@ -157,13 +163,13 @@ impl Sender {
             self.add_attempt(&attempt);
             let sender = Arc::clone(self);
             self.transfers.spawn(async move {
-                let owner =
-                    resolve::resolve(&attempt, &record, &sender.journal, &sender.shutdown).await;
+                let owner = resolve::resolve(&attempt, &record, &sender.shutdown).await;
                 if owner == Some(Owner::Destination) {
-                    sender
-                        .lock()
-                        .registry
-                        .set_moved(&attempt.regions, &attempt.id);
+                    let mut state = sender.lock();
+                    state.registry.set_moved(&attempt.regions, &attempt.id);
+                }
+                if owner.is_some() {
+                    sender.forget(&record);
                 }
             });
         }
@@ -172,8 +178,9 @@ impl Sender {
 
     /// An attempt of an earlier run of the daemon.
     fn of_the_past(&self, id: Name, regions: Vec<Name>) -> Arc<Attempt> {
-        let (events, clients) = (self.events.clone(), Clients::default());
-        Attempt::new(id, regions, 0, self.parameters.clone(), events, clients)
+        let (events, history) = (self.events.clone(), self.history.clone());
+        let (parameters, clients) = (self.parameters.clone(), Clients::default());
+        Attempt::new(id, regions, 0, parameters, events, history, clients)
     }
 
     /// Has an answer for clients that stand still and come to ask what became of their attempt.
@@ -232,13 +239,23 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
     let given_up = guardian
         .given_up()
         .map_err(DaemonError::setup("read the notes about stopped writers"))?;
+    let boot_id = journal::boot_id().map_err(DaemonError::setup("read the boot id"))?;
+    let moved = Moved::open(runtime, boot_id.clone()).map_err(DaemonError::setup(
+        "read what was handed over in state.runtime-directory",
+    ))?;
+    let state = State {
+        registry: Registry::new(moved),
+        attempts: HashMap::new(),
+        order: Vec::new(),
+    };
     let sender = Arc::new(Sender {
         guardian: Arc::new(Mutex::new(guardian)),
         parameters: config.transfer,
         journal: Arc::new(journal),
-        boot_id: journal::boot_id().map_err(DaemonError::setup("read the boot id"))?,
+        boot_id,
         events: EventBus::new(),
-        state: Mutex::default(),
+        history: Arc::new(History::open(&config.state.directory, "sender")),
+        state: Mutex::new(state),
         transfers: TaskTracker::new(),
         shutdown: shutdown.clone(),
     });

@@ -16,6 +16,7 @@ use crate::pages::PageSet;
 use crate::region::Region;
 
 use super::clients::Registrant;
+use super::moved::Moved;
 
 /// A Region as it was added.
 #[derive(Debug, Clone)]
@@ -32,6 +33,12 @@ pub(super) struct Registered {
 }
 
 impl Registered {
+    /// It has another owner now; that is written down first.
+    fn hand_over(&mut self, attempt: &Name, moved: &Moved) {
+        moved.add(&self.region, attempt);
+        self.hold = Hold::Moved(attempt.clone());
+    }
+
     /// Whether stopping the writer of one is stopping that of the other.
     fn has_writer_of(&self, other: &Self) -> bool {
         let client = |registered: &Self| registered.client.as_ref().map(|client| client.id);
@@ -126,13 +133,24 @@ fn freezer(freeze: &FreezeConfig) -> Result<Freezer, FreezeError> {
 }
 
 /// All Regions, by name.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Registry {
     regions: BTreeMap<Name, Registered>,
     claims: u64,
+    /// What was handed over, also by earlier runs of the daemon.
+    moved: Moved,
 }
 
 impl Registry {
+    /// No Regions yet.
+    pub(super) fn new(moved: Moved) -> Self {
+        Self {
+            regions: BTreeMap::new(),
+            claims: 0,
+            moved,
+        }
+    }
+
     /// Adds a Region by its path or descriptor; checks now what can be checked now.
     pub(super) fn add(
         &mut self,
@@ -174,6 +192,7 @@ impl Registry {
         };
         let freezer =
             freezer(&freeze).map_err(|error| CommandError::new(error.code(), error.to_string()))?;
+        let moved = self.moved.find(&region);
         let registered = Registered {
             region: Arc::new(region),
             tracking,
@@ -181,7 +200,7 @@ impl Registry {
             freeze,
             freezer,
             client,
-            hold: Hold::Free,
+            hold: moved.map_or(Hold::Free, Hold::Moved),
         };
         self.regions.insert(name, registered);
         Ok(())
@@ -211,7 +230,9 @@ impl Registry {
         match &self.known(name)?.hold {
             Hold::Claimed(claim) => Err(busy(name, &claim.id)),
             Hold::Free | Hold::Moved(_) => {
-                self.regions.remove(name);
+                if let Some(gone) = self.regions.remove(name) {
+                    self.moved.forget(&gone.region);
+                }
                 Ok(())
             }
         }
@@ -296,11 +317,11 @@ impl Registry {
     pub(super) fn release(&mut self, claim: &Claim, moved: bool) {
         for registered in self.regions.values_mut() {
             if registered.hold == Hold::Claimed(claim.clone()) {
-                registered.hold = if moved {
-                    Hold::Moved(claim.id.clone())
+                if moved {
+                    registered.hand_over(&claim.id, &self.moved);
                 } else {
-                    Hold::Free
-                };
+                    registered.hold = Hold::Free;
+                }
             }
         }
     }
@@ -309,7 +330,7 @@ impl Registry {
     pub(super) fn set_moved(&mut self, names: &[Name], attempt: &Name) {
         for name in names {
             if let Some(registered) = self.regions.get_mut(name) {
-                registered.hold = Hold::Moved(attempt.clone());
+                registered.hand_over(attempt, &self.moved);
             }
         }
     }

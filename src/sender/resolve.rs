@@ -22,12 +22,11 @@ const PAUSE: Duration = Duration::from_secs(1);
 pub(super) async fn resolve(
     attempt: &Attempt,
     record: &CommitSent,
-    journal: &Journal,
     shutdown: &CancellationToken,
 ) -> Option<Owner> {
     attempt.enter(Status::Indeterminate);
     let mut told = false;
-    let owner = loop {
+    loop {
         let asked = tokio::select! {
             biased;
             () = shutdown.cancelled() => return None,
@@ -41,7 +40,7 @@ pub(super) async fn resolve(
             Ok(Owner::Destination) => {
                 attempt.enter(Status::Completed);
                 finish(record).await;
-                break Owner::Destination;
+                return Some(Owner::Destination);
             }
             Ok(Owner::Source) if !thaw(record).await => {}
             Ok(Owner::Source) => {
@@ -50,7 +49,7 @@ pub(super) async fn resolve(
                     desc: "the receiver does not own the regions: the writer goes on here"
                         .to_owned(),
                 });
-                break Owner::Source;
+                return Some(Owner::Source);
             }
             Ok(Owner::Unknown) if !told => {
                 tracing::error!(id = %attempt.id, "the receiver was booted since the commit and cannot know who owns the regions: look at the destination, and decide with `memferry resolve`");
@@ -67,11 +66,7 @@ pub(super) async fn resolve(
             _ = attempt.decided() => {}
             () = shutdown.cancelled() => return None,
         }
-    };
-    if let Err(error) = journal.remove(record.nonce) {
-        tracing::warn!(id = %attempt.id, %error, "cannot remove the record of a decided transfer");
     }
-    Some(owner)
 }
 
 async fn ask(record: &CommitSent, patience: Duration) -> Result<Owner, PeerError> {
@@ -113,7 +108,8 @@ async fn thaw(record: &CommitSent) -> bool {
 /// The Regions have another owner: runs what is to be done then. If this sender dies meanwhile, the next
 /// one does it again.
 pub(super) async fn finish(record: &CommitSent) {
-    for writer in record.stopped.clone() {
+    let unfinished = record.stopped.iter().filter(|writer| writer.has_an_end());
+    for writer in unfinished.cloned() {
         if let Err(error) = blocking(move || writer.finish()).await {
             tracing::error!(id = %record.id, %error, "what was to be done after the transfer was not");
         }

@@ -1,5 +1,6 @@
 //! What is known of an attempt, and how `query-migrate` shows it.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,9 +10,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::TransferParameters;
 use crate::control::{ClientId, EventBus};
+use crate::history::History;
 use crate::limits::PAGE_BYTES;
 use crate::name::Name;
 use crate::stats::StreamStats;
+use crate::stream::{Fallback, Tell};
 use crate::wire::Owner;
 
 use super::clients::{Clients, Said};
@@ -71,12 +74,20 @@ pub(super) struct IterationRow {
     pub(super) flush_time: Duration,
 }
 
-/// Times around the freeze, each from its start.
+/// How the downtime was spent: one after the other, up to `total`.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Downtime {
     pub(super) freeze: Duration,
+    /// Asking the trackers, and reading what has to be looked at.
+    pub(super) scan: Duration,
+    /// Sending what was left until all of it was applied, without the waits for its release.
     pub(super) send: Duration,
+    /// Waiting for the release of lent memory.
+    pub(super) flush: Duration,
+    /// Reading once more what is tracked by reading.
     pub(super) check: Duration,
+    /// The final blob.
+    pub(super) blob: Duration,
     pub(super) prepare: Duration,
     pub(super) commit: Duration,
     pub(super) total: Duration,
@@ -95,6 +106,7 @@ struct State {
     bytes_per_second: u64,
     iterations: Vec<IterationRow>,
     downtime: Option<Downtime>,
+    blob_bytes: Option<u64>,
     error: Option<Value>,
 }
 
@@ -111,6 +123,9 @@ pub(super) struct Attempt {
     /// What the operator says about who owns the Regions.
     decision: watch::Sender<Option<Owner>>,
     events: EventBus,
+    history: Arc<History>,
+    /// Where the final blob is read from.
+    final_blob: Mutex<Option<OwnedFd>>,
     /// Writers that stop themselves.
     pub(super) clients: Clients,
     state: Mutex<State>,
@@ -123,6 +138,7 @@ impl Attempt {
         total_bytes: u64,
         parameters: TransferParameters,
         events: EventBus,
+        history: Arc<History>,
         clients: Clients,
     ) -> Arc<Self> {
         let attempt = Self {
@@ -137,6 +153,8 @@ impl Attempt {
             started: Instant::now(),
             decision: watch::Sender::new(None),
             events,
+            history,
+            final_blob: Mutex::new(None),
             clients,
             state: Mutex::new(State {
                 status: Status::Setup,
@@ -149,6 +167,7 @@ impl Attempt {
                 bytes_per_second: 0,
                 iterations: Vec::new(),
                 downtime: None,
+                blob_bytes: None,
                 error: None,
             }),
         };
@@ -206,6 +225,9 @@ impl Attempt {
             }
         }
         tracing::info!(id = %self.id, status = status.as_str(), "transfer");
+        if status.is_final() {
+            self.history.add(self.to_json());
+        }
         self.announce(status);
     }
 
@@ -290,6 +312,24 @@ impl Attempt {
             .publish("MIGRATION_PASS", json!({"id": self.id, "pass": row.pass}));
     }
 
+    /// What a stream does with a fallback: an event, and a line in the log.
+    pub(super) fn tell(&self) -> Tell {
+        let (id, events) = (self.id.clone(), self.events.clone());
+        Tell(Box::new(move |fallback| {
+            let Fallback {
+                stream,
+                from,
+                to,
+                reason,
+            } = fallback;
+            tracing::info!(%id, stream, from, to, reason, "zero copy fell back");
+            events.publish(
+                "ZEROCOPY_FALLBACK",
+                json!({"id": id, "stream": stream, "from": from, "to": to, "reason": reason}),
+            );
+        }))
+    }
+
     /// The rate of the last Iteration that had something to send, in payload bytes per second.
     pub(super) fn bytes_per_second(&self) -> u64 {
         self.lock().bytes_per_second
@@ -297,6 +337,28 @@ impl Attempt {
 
     pub(super) fn expect(&self, downtime: Duration) {
         self.lock().expected_downtime = Some(downtime);
+    }
+
+    /// Names the descriptor that the final blob is read from; `false` if there is one already.
+    pub(super) fn give_final_blob(&self, fd: OwnedFd) -> bool {
+        let mut blob = self.lock_final_blob();
+        let first = blob.is_none();
+        blob.get_or_insert(fd);
+        first
+    }
+
+    pub(super) fn take_final_blob(&self) -> Option<OwnedFd> {
+        self.lock_final_blob().take()
+    }
+
+    fn lock_final_blob(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.final_blob
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_blob_bytes(&self, bytes: u64) {
+        self.lock().blob_bytes = Some(bytes);
     }
 
     pub(super) fn set_downtime(&self, downtime: Downtime) {
@@ -351,13 +413,19 @@ impl Attempt {
             shown["downtime-us"] = us(downtime.total);
             shown["downtime-breakdown-us"] = json!({
                 "freeze": us(downtime.freeze),
+                "scan": us(downtime.scan),
                 "send": us(downtime.send),
+                "flush": us(downtime.flush),
                 "check": us(downtime.check),
+                "blob": us(downtime.blob),
                 "prepare": us(downtime.prepare),
                 "commit": us(downtime.commit),
             });
         } else if let Some(expected) = state.expected_downtime {
             shown["expected-downtime"] = ms(expected);
+        }
+        if let Some(bytes) = state.blob_bytes {
+            shown["blob-size"] = bytes.into();
         }
         if let Some(error) = &state.error {
             shown["error"] = error.clone();
@@ -377,6 +445,7 @@ impl Attempt {
             "path": shown.map_or("", |path| path.path),
             "sends": self.sum(|s| s.zero_copy_sends.get()),
             "copied": self.sum(|s| s.zero_copy_copied.get()),
+            "fallbacks": self.sum(|s| s.fallbacks.get()),
             "reason": shown.map_or("", |path| &path.reason),
         })
     }

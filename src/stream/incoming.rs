@@ -24,9 +24,14 @@ pub trait Destination: Send + Sync + std::fmt::Debug {
     /// The memory, mapped for writing.
     fn region(&self) -> &Region;
 
-    /// Makes `range` read as zeros, giving its memory back where that is possible. Called only for
-    /// ranges that had payload placed in them.
+    /// Makes `range` read as zeros, giving its memory back where that is possible. For memory that
+    /// is blank, called only for ranges that had payload placed in them.
     fn clear(&self, range: PageRange) -> io::Result<()>;
+
+    /// Whether it reads as zeros wherever nothing was placed; otherwise every zero is cleared.
+    fn is_blank(&self) -> bool {
+        true
+    }
 }
 
 /// What the streams of an attempt share.
@@ -233,13 +238,13 @@ impl<D: Destination> IncomingStream<D> {
     }
 }
 
-/// Zero pages and holes: a fresh destination reads as zeros wherever nothing was placed.
+/// Zero pages and holes.
 fn clear<D: Destination>(
     destination: &D,
     incoming: &Incoming,
     range: PageRange,
 ) -> Result<(), StreamError> {
-    if incoming.was_written(range) {
+    if !destination.is_blank() || incoming.was_written(range) {
         let region = destination.region();
         destination
             .clear(range)

@@ -10,11 +10,13 @@
 mod error;
 mod incoming;
 mod inspect;
+mod lending;
 mod outgoing;
 mod pace;
 mod window;
 
 pub use error::StreamError;
 pub use incoming::{Destination, IncomingSetup, IncomingStream};
-pub use outgoing::{Job, OutgoingStream, Pass, Report, StreamSetup, ZeroCopyWish};
+pub use lending::{Fallback, Tell};
+pub use outgoing::{Job, OutgoingStream, Pass, Report, StreamSetup};
 pub use pace::Pace;

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::channel::{Channel, Features, Flush, Shutdown, WriteFlags, read_exact_into, writev_all};
+use crate::channel::{
+    Channel, Engine, Flush, Opened, Shutdown, WriteFlags, read_exact_into, writev_all,
+};
 use crate::dirty::Tracker;
 use crate::iteration::{Piece, Plan};
 use crate::pages::PageRange;
@@ -15,18 +17,20 @@ use crate::wire::{
 
 use super::StreamError;
 use super::inspect::Inspector;
+use super::lending::{Change, Fallback, Lending, Tell};
 use super::pace::Pace;
 use super::window::{Unacknowledged, Window};
 
-/// Zero-copy sends after which `auto` looks at how many of them were copied. One flush of fewer says
-/// little: the kernel's flag covers whole ranges of sends.
-const COPIED_SENDS_BEFORE_PLAIN: u64 = 16;
+/// The path of a stream that does not lend.
+const PLAIN: &str = "plain";
 
 /// What to do with a plan.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
     /// Send it.
     Send,
+    /// Send it while nobody writes: what arrives now stays.
+    SendFinal,
     /// Only find out whether anything in it has changed.
     Check,
 }
@@ -63,17 +67,6 @@ pub struct Report {
     pub totals: StreamTotals,
 }
 
-/// How payload is to leave.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ZeroCopyWish {
-    /// Plain sends, for this reason (empty: asked for).
-    Off(String),
-    /// Zero copy as long as the kernel does not copy everything anyway.
-    Auto,
-    /// Zero copy whatever comes of it; the note says what is not as asked for.
-    Always(String),
-}
-
 /// What the streams of an attempt share.
 #[derive(Debug, Clone)]
 pub struct StreamSetup {
@@ -99,7 +92,11 @@ pub struct OutgoingStream {
     index: u16,
     channel: Box<dyn Channel>,
     setup: StreamSetup,
-    zero_copy: ZeroCopyWish,
+    lending: Lending,
+    engine: Option<Engine>,
+    /// Why the engine is not what was asked for.
+    note: String,
+    tell: Tell,
     stats: Arc<StreamStats>,
     inspector: Inspector,
     piece: Piece,
@@ -110,33 +107,31 @@ pub struct OutgoingStream {
 }
 
 impl OutgoingStream {
-    /// A stream over `channel`, whose preamble has been answered.
+    /// A stream over the channel that was opened; its preamble has been answered.
     #[must_use]
     pub fn new(
         index: u16,
-        channel: Box<dyn Channel>,
+        opened: Opened,
         setup: StreamSetup,
-        zero_copy: ZeroCopyWish,
         stats: Arc<StreamStats>,
+        tell: Tell,
     ) -> Self {
         let window = Window::new(setup.window);
-        let capable = channel.features().contains(Features::WRITE_ZERO_COPY);
-        match &zero_copy {
-            ZeroCopyWish::Off(reason) => stats.set_path("plain", reason.clone()),
-            ZeroCopyWish::Auto if capable => stats.set_path("msg-zerocopy", ""),
-            ZeroCopyWish::Always(note) if capable => stats.set_path("msg-zerocopy", note.clone()),
-            _ => stats.set_path("plain", "the channel has no zero copy"),
-        }
+        let Opened {
+            channel,
+            engine,
+            note,
+        } = opened;
+        stats.set_path(engine.map_or(PLAIN, Engine::as_str), note.clone());
         Self {
             index,
             channel,
             inspector: Inspector::new(setup.integrity),
             setup,
-            zero_copy: if capable {
-                zero_copy
-            } else {
-                ZeroCopyWish::Off(String::new())
-            },
+            lending: Lending::new(engine.is_some()),
+            engine,
+            note,
+            tell,
             stats,
             piece: Piece::default(),
             frame: Vec::new(),
@@ -174,13 +169,13 @@ impl OutgoingStream {
                 .map(|e| e.range.count)
                 .sum();
             report.pages += pages;
-            if pages > 0 && job.pass == Pass::Send {
+            if pages > 0 && job.pass != Pass::Check {
                 let started = Instant::now();
-                report.payload_bytes += self.send(job.plan.iteration(), &mut report.torn)?;
+                report.payload_bytes += self.send(job, &mut report.torn)?;
                 report.send_time += started.elapsed();
             }
         }
-        if job.pass == Pass::Send {
+        if job.pass != Pass::Check {
             let started = Instant::now();
             self.send_mark(job.plan.iteration())?;
             let flushing = Instant::now();
@@ -204,11 +199,8 @@ impl OutgoingStream {
     }
 
     /// Sends the packet the inspector holds; gives its payload bytes.
-    fn send(
-        &mut self,
-        iteration: u32,
-        torn: &mut Vec<(u32, PageRange)>,
-    ) -> Result<u64, StreamError> {
+    fn send(&mut self, job: &Job, torn: &mut Vec<(u32, PageRange)>) -> Result<u64, StreamError> {
+        let iteration = job.plan.iteration();
         let region_index = self.piece.region;
         let region = Arc::clone(&self.setup.regions[region_index as usize].0);
         let table = &self.inspector.table;
@@ -251,10 +243,7 @@ impl OutgoingStream {
             return Err(StreamError::Ended);
         }
 
-        let flags = match self.zero_copy {
-            ZeroCopyWish::Off(_) => WriteFlags::NONE,
-            ZeroCopyWish::Auto | ZeroCopyWish::Always(_) => WriteFlags::ZERO_COPY,
-        };
+        let flags = self.flags(job.pass, region_index);
         let spans: Vec<Span<'_>> = self
             .inspector
             .table
@@ -288,6 +277,38 @@ impl OutgoingStream {
             memory_bytes,
         });
         Ok(payload)
+    }
+
+    /// How the next packet's payload leaves.
+    fn flags(&mut self, pass: Pass, region: u32) -> WriteFlags {
+        let change = self.lending.step(self.channel.released(), Instant::now());
+        let engine = self.engine.map_or(PLAIN, Engine::as_str);
+        match change {
+            Some(Change::FellBack) => {
+                let reason = self.channel.zero_copy_trouble(true).unwrap_or_default();
+                let told = format!("{reason}; plain sends are faster then");
+                self.stats.set_path(PLAIN, joined(&self.note, &told));
+                self.stats.fallbacks.add(1);
+                (self.tell.0)(&Fallback {
+                    stream: self.index,
+                    from: engine,
+                    to: PLAIN,
+                    reason,
+                });
+            }
+            Some(Change::Recovered) => self.stats.set_path(engine, self.note.clone()),
+            None => {}
+        }
+        if !self.lending.lends() {
+            return WriteFlags::NONE;
+        }
+        // Registered pages go stale where a hole is punched. A stale page arrives torn and is owed again,
+        // so at the last it has to come from the file itself.
+        let (_, tracker) = &self.setup.regions[region as usize];
+        if matches!(tracker, Tracker::None) || (self.setup.integrity && pass == Pass::Send) {
+            return WriteFlags::ZERO_COPY.with(WriteFlags::REGISTERED);
+        }
+        WriteFlags::ZERO_COPY
     }
 
     fn send_mark(&mut self, iteration: u32) -> Result<(), StreamError> {
@@ -332,28 +353,12 @@ impl OutgoingStream {
         if flush.all_copied() {
             self.stats.missed_zero_copy.add(1);
         }
-        let (sends, copied) = (
-            self.stats.zero_copy_sends.get(),
-            self.stats.zero_copy_copied.get(),
-        );
-        if sends > 0 && sends == copied {
-            let reason = "the kernel copied every zero-copy send, as it does on loopback and veth, \
-                          without scatter-gather, and while packets are captured";
-            if self.zero_copy == ZeroCopyWish::Auto && sends >= COPIED_SENDS_BEFORE_PLAIN {
-                self.zero_copy = ZeroCopyWish::Off(String::new());
-                self.stats
-                    .set_path("plain", format!("{reason}; plain sends are faster then"));
-            } else {
-                // Why it is not the engine that was asked for stays true whatever the kernel does.
-                match &self.zero_copy {
-                    ZeroCopyWish::Off(_) => {}
-                    ZeroCopyWish::Always(note) if !note.is_empty() => {
-                        self.stats
-                            .set_path("msg-zerocopy", format!("{note}; {reason}"));
-                    }
-                    _ => self.stats.set_path("msg-zerocopy", reason),
-                }
-            }
+        // Why sends are copied, or why they are small, is told as soon as it is known.
+        if let (true, Some(engine)) = (self.lending.lends(), self.engine)
+            && let Some(trouble) = self.channel.zero_copy_trouble(flush.all_copied())
+        {
+            self.stats
+                .set_path(engine.as_str(), joined(&self.note, &trouble));
         }
     }
 
@@ -472,5 +477,13 @@ impl OutgoingStream {
             self.setup.stall_timeout.as_secs_f32(),
             error,
         )
+    }
+}
+
+/// Two reasons as one.
+fn joined(note: &str, reason: &str) -> String {
+    match (note, reason) {
+        ("", reason) => reason.to_owned(),
+        (note, reason) => format!("{note}; {reason}"),
     }
 }

@@ -5,10 +5,12 @@
 //! numbers instead of owned descriptors.
 #![allow(unsafe_code)]
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 /// Space for the largest set of descriptors the kernel passes at once (`SCM_MAX_FD`, 253), in
 /// words of eight bytes because a `cmsghdr` must be aligned.
@@ -85,6 +87,21 @@ pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received
     })
 }
 
+/// Writes some of `bytes` to a local socket, `fds` with the first of them. A peer that is gone is an
+/// error and no signal.
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[impl AsRawFd]) -> io::Result<usize> {
+    let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control = if raw.is_empty() { &[][..] } else { &rights };
+    Ok(sendmsg::<()>(
+        socket.as_raw_fd(),
+        &[IoSlice::new(bytes)],
+        control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )?)
+}
+
 /// The supplementary groups of the process that connected (`SO_PEERGROUPS`). The credentials
 /// themselves name only its primary group, and an operator is usually in ours by membership.
 pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<libc::gid_t>> {
@@ -118,25 +135,18 @@ pub fn peer_groups(socket: BorrowedFd<'_>) -> io::Result<Vec<libc::gid_t>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{IoSlice, Write};
+    use std::io::Write;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
-
-    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
     #[test]
     fn descriptors_arrive_in_order_and_close_on_exec() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (a, _b) = UnixStream::pair().unwrap();
-        let raw = [a.as_raw_fd(), ours.as_raw_fd()];
-        sendmsg::<()>(
-            theirs.as_raw_fd(),
-            &[IoSlice::new(b" ")],
-            &[ControlMessage::ScmRights(&raw)],
-            MsgFlags::empty(),
-            None,
-        )
-        .unwrap();
+        assert_eq!(
+            send(theirs.as_fd(), b" ", &[a.as_fd(), ours.as_fd()]).unwrap(),
+            1
+        );
         let mut buffer = [0; 16];
         let got = receive(ours.as_fd(), &mut buffer).unwrap();
         assert_eq!((got.bytes, got.fds.len(), got.fds_lost), (1, 2, false));

@@ -38,6 +38,9 @@ const SUBMISSIONS: u32 = 4;
 /// `user_data` of the watch on the wake. Sends are numbered modulo 2^32, so none has it.
 const WAKE: u64 = u64::MAX;
 
+/// Longest piece of one span in a send, in bytes; the kernel's own limit is below 2^31.
+const SEND_BYTES_MAX: u32 = 1 << 30;
+
 /// Longest buffer the kernel registers, in bytes.
 pub const BUFFER_BYTES_MAX: usize = 1 << 30;
 
@@ -165,7 +168,7 @@ impl Ring {
             [only] => {
                 let len = u32::try_from(only.iov_len)
                     .unwrap_or(u32::MAX)
-                    .min(BUFFER_BYTES_MAX as u32);
+                    .min(SEND_BYTES_MAX);
                 opcode::SendZc::new(socket, only.iov_base.cast_const().cast(), len)
                     .buf_index(sending.buffer)
                     .flags(flags)
@@ -204,7 +207,7 @@ impl Ring {
         }
     }
 
-    /// Runs what the kernel has deferred, so that [`Ring::next`] sees all notices there are. Never waits.
+    /// Runs what the kernel has deferred, so that [`Ring::take`] sees all notices there are. Never waits.
     pub fn collect(&mut self) -> io::Result<()> {
         self.enable()?;
         // SAFETY: nothing is submitted and no argument is passed.
@@ -235,7 +238,7 @@ impl Ring {
     }
 
     /// The next answer that is there.
-    pub fn next(&mut self) -> Option<Completion> {
+    pub fn take(&mut self) -> Option<Completion> {
         loop {
             let entry = self.ring.completion().next()?;
             let Ok(id) = u32::try_from(entry.user_data()) else {

@@ -11,13 +11,14 @@ use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{WireError, check_crc, crc32c, seal};
-use crate::limits::{BOOT_ID_BYTES_MAX, CODE_BYTES_MAX, DESC_BYTES_MAX, MESSAGE_BYTES_MAX};
+use super::{BlobAccount, WireError, check_crc, crc32c, seal};
+use crate::limits::{
+    BLOB_PIECE_BYTES_MAX, BOOT_ID_BYTES_MAX, CODE_BYTES_MAX, DESC_BYTES_MAX, MESSAGE_BYTES_MAX,
+};
 use crate::name::Name;
 
 /// Length of a frame header.
 pub const FRAME_BYTES: usize = 16;
-const MAGIC: [u8; 4] = *b"MFcv";
 const FRAME: &str = "message header";
 const BODY: &str = "message";
 
@@ -186,7 +187,13 @@ pub enum FromSender {
     Prepare {
         /// What each stream carried, by stream number.
         streams: Vec<StreamTotals>,
+        /// The final blob that was sent, if there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        blob: Option<BlobAccount>,
     },
+    /// The next piece of the final blob; a frame of its own, not JSON.
+    #[serde(skip)]
+    Blob(Vec<u8>),
     /// The receiver is to take the Regions over. Sent after it was recorded durably.
     Commit {
         /// The attempt.
@@ -260,9 +267,29 @@ pub enum FromReceiver {
     Alive {},
 }
 
-/// The header before a message.
+/// What follows a header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrameKind {
+    /// A message, as JSON.
+    Message,
+    /// A piece of the final blob, as it is.
+    Blob,
+}
+
+impl FrameKind {
+    fn magic(self) -> [u8; 4] {
+        match self {
+            Self::Message => *b"MFcv",
+            Self::Blob => *b"MFbl",
+        }
+    }
+}
+
+/// The header before a message or a piece of a blob.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FrameHeader {
+    /// What the body is.
+    pub kind: FrameKind,
     /// Length of the body in bytes.
     pub length: usize,
     body_crc: u32,
@@ -273,43 +300,52 @@ impl FrameHeader {
     #[must_use]
     pub fn frame(message: &impl Serialize) -> Vec<u8> {
         let body = serde_json::to_vec(message).expect("messages hold only strings and numbers");
+        Self::with_body(FrameKind::Message, &body)
+    }
+
+    /// A piece of the final blob with its header, ready to be written. At most
+    /// [`BLOB_PIECE_BYTES_MAX`] bytes.
+    #[must_use]
+    pub fn frame_blob(piece: &[u8]) -> Vec<u8> {
+        Self::with_body(FrameKind::Blob, piece)
+    }
+
+    fn with_body(kind: FrameKind, body: &[u8]) -> Vec<u8> {
         let raw = Raw {
-            magic: MAGIC,
+            magic: kind.magic(),
             length: u32::try_from(body.len())
-                .expect("limits keep messages small")
+                .expect("limits keep frames small")
                 .into(),
-            body_crc: crc32c(&body).into(),
+            body_crc: crc32c(body).into(),
             crc: 0.into(),
         };
-        let mut frame: Vec<u8> = raw.as_bytes().to_vec();
+        let mut frame = Vec::with_capacity(FRAME_BYTES + body.len());
+        frame.extend_from_slice(raw.as_bytes());
         seal(&mut frame);
-        frame.extend_from_slice(&body);
+        frame.extend_from_slice(body);
         frame
     }
 
     /// Reads a header and checks the length against its limit.
     pub fn decode(bytes: &[u8; FRAME_BYTES]) -> Result<Self, WireError> {
         let raw: Raw = zerocopy::transmute!(*bytes);
-        if raw.magic != MAGIC {
+        let mut kinds = [FrameKind::Message, FrameKind::Blob].into_iter();
+        let Some(kind) = kinds.find(|kind| kind.magic() == raw.magic) else {
             let found = u32::from_be_bytes(raw.magic);
-            return Err(WireError::illegal(
-                FRAME,
-                "magic",
-                found,
-                "expected \"MFcv\"",
-            ));
-        }
+            let rule = "expected \"MFcv\" or \"MFbl\"";
+            return Err(WireError::illegal(FRAME, "magic", found, rule));
+        };
         check_crc(FRAME, bytes)?;
         let length = raw.length.get();
-        if length > MESSAGE_BYTES_MAX {
-            return Err(WireError::illegal(
-                FRAME,
-                "length",
-                length,
-                "expected at most 2 MiB",
-            ));
+        let (max, rule) = match kind {
+            FrameKind::Message => (MESSAGE_BYTES_MAX as usize, "expected at most 2 MiB"),
+            FrameKind::Blob => (BLOB_PIECE_BYTES_MAX, "expected at most 256 KiB"),
+        };
+        if length as usize > max {
+            return Err(WireError::illegal(FRAME, "length", length, rule));
         }
         Ok(Self {
+            kind,
             length: length as usize,
             body_crc: raw.body_crc.get(),
         })
@@ -317,14 +353,7 @@ impl FrameHeader {
 
     /// Reads the body that follows this header.
     pub fn body<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T, WireError> {
-        let found = crc32c(body);
-        if found != self.body_crc {
-            return Err(WireError::Damaged {
-                frame: BODY,
-                expected: self.body_crc,
-                found,
-            });
-        }
+        self.check(body)?;
         serde_json::from_slice(body).map_err(|error| {
             WireError::illegal(
                 BODY,
@@ -333,6 +362,26 @@ impl FrameHeader {
                 "the JSON is not a message of this version",
             )
         })
+    }
+
+    /// That `body` has the checksum of this header.
+    pub fn check(&self, body: &[u8]) -> Result<(), WireError> {
+        let found = crc32c(body);
+        if found == self.body_crc {
+            return Ok(());
+        }
+        Err(WireError::Damaged {
+            frame: BODY,
+            expected: self.body_crc,
+            found,
+        })
+    }
+
+    /// What a piece of a blob is to a side that never gets one.
+    #[must_use]
+    pub fn out_of_place(&self) -> WireError {
+        let magic = u32::from_be_bytes(self.kind.magic());
+        WireError::illegal(FRAME, "magic", magic, "expected \"MFcv\"")
     }
 }
 
@@ -374,7 +423,7 @@ mod tests {
     #[test]
     fn an_oversized_or_damaged_message_is_refused_before_its_body_is_read() {
         let mut raw = Raw {
-            magic: MAGIC,
+            magic: *b"MFcv",
             length: u32::MAX.into(),
             body_crc: 0.into(),
             crc: 0.into(),
@@ -394,6 +443,22 @@ mod tests {
             FrameHeader::decode(bytes),
             Err(WireError::Damaged { .. })
         ));
+    }
+
+    #[test]
+    fn golden_bytes_of_a_piece_of_a_blob() {
+        let frame = FrameHeader::frame_blob(b"123456789");
+        assert_eq!(
+            frame[..16],
+            *b"MFbl\x09\0\0\0\x83\x92\x06\xe3\xc4\x05\xcc\xc0"
+        );
+        assert_eq!(&frame[16..], b"123456789");
+        let header = FrameHeader::decode(frame[..16].try_into().unwrap()).unwrap();
+        assert_eq!((header.kind, header.length), (FrameKind::Blob, 9));
+        assert_eq!(header.check(b"123456789"), Ok(()));
+        assert!(header.check(b"12345678?").is_err());
+        let frame = FrameHeader::frame_blob(&vec![0; BLOB_PIECE_BYTES_MAX + 1]);
+        assert!(FrameHeader::decode(frame[..16].try_into().unwrap()).is_err());
     }
 
     #[test]

@@ -5,14 +5,16 @@
 //! behind them does not ask again (rule 7).
 
 mod ack;
+mod blob;
 mod message;
 mod packet;
 mod preamble;
 
 pub use ack::{ACK_BYTES, Ack, TORN_BYTES, TornTable};
+pub use blob::{BlobAccount, BlobSum};
 pub use message::{
-    BootId, FRAME_BYTES, FrameHeader, FromReceiver, FromSender, Hex128, Offer, OfferedRegion,
-    Owner, StreamTotals, Text, Token,
+    BootId, FRAME_BYTES, FrameHeader, FrameKind, FromReceiver, FromSender, Hex128, Offer,
+    OfferedRegion, Owner, StreamTotals, Text, Token,
 };
 pub use packet::{DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Table, blocks};
 pub use preamble::{PREAMBLE_BYTES, Preamble, Purpose, Status};

@@ -8,7 +8,6 @@ use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use memferry::workload::first_torn_page;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::Pid;
@@ -583,10 +582,6 @@ impl Scene {
         assert_same(&source, &arrived);
         if self.setup.tracking == Tracking::None {
             assert_same(&source, &noise(self.setup.bytes, 1)[..source.len()]);
-        } else if !self.writer_killed && !self.shrunk {
-            let file = File::open(self.destination()).unwrap();
-            let torn = first_torn_page(&file, self.setup.bytes).unwrap();
-            assert_eq!(torn, None, "a page is of two writes");
         }
     }
 

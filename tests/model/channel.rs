@@ -196,6 +196,7 @@ pub(crate) struct SenderEnd {
     life: Option<u64>,
     dead: bool,
     sends: u64,
+    released: Flush,
 }
 
 impl SenderEnd {
@@ -211,6 +212,7 @@ impl SenderEnd {
             life,
             dead: false,
             sends: 0,
+            released: Flush::NOTHING_OWED,
         }
     }
 
@@ -322,7 +324,13 @@ impl Channel for SenderEnd {
             true => sends,
             false => self.end.turns.draw(|random| random.below(sends + 1)),
         };
+        self.released.sends += sends;
+        self.released.copied += copied;
         Ok(Flush { sends, copied })
+    }
+
+    fn released(&self) -> Flush {
+        self.released
     }
 
     fn shutdown(&mut self, _how: Shutdown) -> io::Result<()> {

@@ -24,7 +24,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use memferry::assembly::Assembly;
-use memferry::channel::Patience;
+use memferry::channel::{Channel, Engine, Features, Opened, Patience};
 use memferry::dirty::{BitmapTracker, Exact, Tracker};
 use memferry::iteration::{Plan, Run};
 use memferry::limits::{PACKET_BYTES_MIN, PAGE_BYTES};
@@ -34,7 +34,7 @@ use memferry::region::{Access, Region};
 use memferry::stats::StreamStats;
 use memferry::stream::{
     Destination, IncomingSetup, IncomingStream, Job, OutgoingStream, Pace, Pass, Report,
-    StreamError, StreamSetup, ZeroCopyWish,
+    StreamError, StreamSetup, Tell,
 };
 use memferry::sys::wake::Wake;
 use memferry::wire::StreamTotals;
@@ -121,7 +121,7 @@ struct Shape {
     streams: u16,
     tracking: Tracking,
     integrity: bool,
-    zero_copy: ZeroCopyWish,
+    lends: bool,
     packet_bytes: u64,
     window: u64,
     faults: Faults,
@@ -134,16 +134,11 @@ impl Shape {
             1..5 => Tracking::Scan,
             _ => Tracking::Bitmap,
         };
-        let zero_copy = match random.below(3) {
-            0 => ZeroCopyWish::Auto,
-            1 => ZeroCopyWish::Always(String::new()),
-            _ => ZeroCopyWish::Off(String::new()),
-        };
         Self {
             streams: 1 + u16::try_from(random.below(4)).unwrap(),
             tracking,
             integrity: tracking == Tracking::Scan || random.one_in(2),
-            zero_copy,
+            lends: random.below(3) > 0,
             packet_bytes: PACKET_BYTES_MIN << random.below(3),
             window: PACKET_BYTES_MIN << random.below(4),
             faults: Faults::draw(random),
@@ -232,12 +227,18 @@ impl<'a> Attempt<'a> {
             let (end, other) = channel::pair(index.into(), &self.turns, faults, &loans);
             let receiver = IncomingStream::new(index, Box::new(other), &patience, &incoming);
             let sender = SenderEnd::new(end, receiver);
+            let lends = self.shape.lends && sender.features().contains(Features::WRITE_ZERO_COPY);
+            let opened = Opened {
+                channel: Box::new(sender),
+                engine: lends.then_some(Engine::MsgZerocopy),
+                note: String::new(),
+            };
             self.streams.push(OutgoingStream::new(
                 index,
-                Box::new(sender),
+                opened,
                 setup.clone(),
-                self.shape.zero_copy.clone(),
                 Arc::new(StreamStats::default()),
+                Tell(Box::new(|_| {})),
             ));
         }
     }

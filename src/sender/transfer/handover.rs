@@ -34,6 +34,7 @@ impl Transfer {
     /// The last Iteration, again for what arrives damaged: nothing writes now, so what does not match
     /// its checksum was changed on the way.
     pub(super) async fn settle(&mut self) -> Result<(), TransferError> {
+        let asked = self.standstill.elapsed() - self.downtime.freeze;
         let (mut least, mut progress) = (u64::MAX, Instant::now());
         // What is found by reading is not known before it is read.
         let mut unread = self.scans();
@@ -50,7 +51,13 @@ impl Transfer {
                 });
             }
         }
-        self.downtime.send = self.standstill.elapsed() - self.downtime.freeze;
+        // What the streams spent reading and flushing is theirs, and they overlap: it is all cut to the
+        // time that has passed.
+        let passes = self.standstill.elapsed() - self.downtime.freeze - asked;
+        let read = self.downtime.scan.min(passes);
+        self.downtime.scan = asked + read;
+        self.downtime.flush = self.downtime.flush.min(passes - read);
+        self.downtime.send = passes - read - self.downtime.flush;
         Ok(())
     }
 
@@ -87,7 +94,11 @@ impl Transfer {
         let started = Instant::now();
         let streams = self.totals.clone();
         let talk = under_way(&mut self.talk)?;
-        talk.say(&FromSender::Prepare { streams }).await?;
+        talk.say(&FromSender::Prepare {
+            streams,
+            blob: self.blob,
+        })
+        .await?;
         // Heartbeats are no progress, and the writer stands still meanwhile.
         let patience = self.parameters.stall_timeout;
         // While the receiver makes itself ready, every tracker is asked once more; and writers that stopped

@@ -4,6 +4,7 @@
 //! Up to the commit record any failure ends with the writer running and nothing at the destination;
 //! behind it nothing thaws the writer until the receiver has said that it is not the owner (rule 4).
 
+mod blob;
 mod handover;
 mod opening;
 mod passes;
@@ -21,7 +22,7 @@ use crate::journal::{CommitSent, Journal};
 use crate::peer::{Conversation, PeerError};
 use crate::stream::StreamError;
 use crate::sys::wake::Wake;
-use crate::wire::{BootId, FromReceiver, FromSender, Hex128, StreamTotals};
+use crate::wire::{BlobAccount, BootId, FromReceiver, FromSender, Hex128, StreamTotals};
 
 use super::crew::{Crew, REASON_WAIT, affinity};
 use super::debt::{Debt, Source};
@@ -82,6 +83,7 @@ pub(super) struct Transfer {
     wake: Wake,
     crew: Crew,
     standstill: Standstill,
+    blob: Option<BlobAccount>,
     downtime: Downtime,
 }
 
@@ -133,6 +135,7 @@ impl Transfer {
             wake,
             order,
             standstill,
+            blob: None,
             downtime: Downtime::default(),
         })
     }
@@ -175,6 +178,7 @@ impl Transfer {
         self.debt.harvest_frozen().await?;
         self.settle().await?;
         self.check_frozen().await?;
+        self.send_blob().await?;
         self.prepare().await
     }
 

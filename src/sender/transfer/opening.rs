@@ -88,7 +88,9 @@ impl Transfer {
                     connection,
                     setup.clone(),
                     self.parameters.zero_copy,
+                    self.parameters.streams,
                     Arc::clone(stats),
+                    self.attempt.tell(),
                 )
                 .map_err(TransferError::local("start a stream"))?;
         }

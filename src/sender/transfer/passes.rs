@@ -83,7 +83,11 @@ impl Transfer {
             .plan(self.iteration, self.parameters.packet_size)
             .await?;
         let planned = plan.owed_pages();
-        let reports = self.pass(plan, Pass::Send).await?;
+        let pass = match writer {
+            Writer::Runs => Pass::Send,
+            Writer::StandsStill => Pass::SendFinal,
+        };
+        let reports = self.pass(plan, pass).await?;
 
         let time = started.elapsed();
         let pages: u64 = reports.iter().map(|report| report.pages).sum();
@@ -101,8 +105,16 @@ impl Transfer {
         self.debt
             .paid_except(reports.iter().flat_map(|report| &report.torn));
         let torn_pages = self.debt.pages();
-        if writer == Writer::Runs {
-            self.debt.harvest().await?;
+        let longest = |time: fn(&Report) -> Duration| reports.iter().map(time).max();
+        let flush_time = longest(|report| report.flush_time).unwrap_or_default();
+        match writer {
+            Writer::Runs => {
+                self.debt.harvest().await?;
+            }
+            Writer::StandsStill => {
+                self.downtime.scan += longest(|report| report.read_time).unwrap_or_default();
+                self.downtime.flush += flush_time;
+            }
         }
         self.attempt.iteration_ended(IterationRow {
             pass: self.iteration,
@@ -112,11 +124,7 @@ impl Transfer {
             dirty_bytes: self.remaining_bytes()?,
             bytes_per_second: sent.sum(),
             time,
-            flush_time: reports
-                .iter()
-                .map(|report| report.flush_time)
-                .max()
-                .unwrap_or_default(),
+            flush_time,
         });
         Ok(())
     }

@@ -1,0 +1,151 @@
+//! From *prepare* to the commit record: everything is there and intact, and then it is ours.
+
+use std::io;
+use std::sync::Arc;
+
+use serde_json::json;
+use tokio::time::timeout;
+
+use crate::journal::Decision;
+use crate::wire::{BlobAccount, FromReceiver, FromSender, StreamTotals};
+
+use super::super::admission::Refusal;
+use super::super::blob::KeptBlob;
+use super::super::destination::{self, Hidden};
+use super::super::error::AttemptError;
+use super::super::prepared::Place;
+use super::{Attempt, REASON_WAIT, unexpected};
+
+/// What a commit would take over.
+pub(super) struct Ready {
+    hidden: Vec<Hidden>,
+    blob: Option<KeptBlob>,
+}
+
+impl Attempt {
+    /// Everything is there and intact, and every file has a name to be renamed from. The streams end
+    /// first: what is not in place now never will be.
+    pub(super) async fn prepare(
+        &mut self,
+        totals: &[StreamTotals],
+        blob: Option<BlobAccount>,
+    ) -> Result<Ready, AttemptError> {
+        let nonce = self.nonce;
+        let setup = Arc::clone(&self.crew().setup);
+        self.crew().end_streams().await;
+        setup.assembly.verdict(totals)?;
+        let blob = match (self.blob.take(), blob) {
+            (None, None) => None,
+            (Some(arrived), Some(account)) if arrived.account() == account => {
+                let kept = arrived.keep(&self.receiver.journal, nonce);
+                Some(kept.map_err(AttemptError::local("keep the final blob"))?)
+            }
+            (arrived, account) => {
+                let arrived = arrived.map(|blob| blob.account());
+                return Err(AttemptError::Blob { arrived, account });
+            }
+        };
+        let hide = move || {
+            let files = setup.destinations.iter().enumerate();
+            files
+                .filter_map(|(index, place)| Some((index, place.file()?)))
+                .map(|(index, file)| file.hide(nonce, index))
+                .collect::<io::Result<Vec<_>>>()
+        };
+        // On a disk this writes the Regions out, so it is not for the control plane's thread.
+        let hidden = tokio::task::spawn_blocking(hide)
+            .await
+            .map_err(io::Error::from);
+        let hidden = hidden
+            .and_then(|hidden| hidden)
+            .map_err(AttemptError::local(
+                "link the regions into receive.directory",
+            ))?;
+        self.confirm().await?;
+        Ok(Ready { hidden, blob })
+    }
+
+    /// Clients that prepared memory and want to be asked say yes, or the attempt is over.
+    async fn confirm(&mut self) -> Result<(), AttemptError> {
+        let asked = self.receiver.lock().holdings.to_confirm(&self.id);
+        for (client, regions) in asked {
+            let answer = self.receiver.lock().questions.ask(&self.id, client.id);
+            let event = json!({"id": self.id, "status": "pre-switchover", "regions": regions});
+            // A client that has gone cannot be told; the wait finds that out.
+            let _ = self
+                .receiver
+                .events
+                .publish_to(client.id, "MIGRATION", event);
+            let refused = |why: &str| {
+                let name = &regions[0];
+                Err(Refusal::new(
+                    "refused",
+                    format!("the client that prepared region {name} {why}"),
+                )
+                .into())
+            };
+            tokio::select! {
+                biased;
+                Ok(()) = answer => {}
+                () = client.gone.cancelled() => return refused("and wants to confirm the transfer is gone"),
+                message = self.talk.hear() => return Err(unexpected(message)),
+                () = tokio::time::sleep(self.patience) => {
+                    let seconds = self.patience.as_secs_f32();
+                    return refused(&format!("did not confirm the transfer within {seconds} s (stall-timeout)"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The one step after which the Regions are ours. There is no way back behind the record.
+    pub(super) async fn commit(&mut self, ready: Ready) -> Result<(), AttemptError> {
+        match self.talk.hear().await? {
+            FromSender::Commit { nonce } if nonce == self.nonce => {}
+            other => return Err(unexpected(Ok(other))),
+        }
+        let moves: Vec<_> = ready.hidden.iter().map(Hidden::its_move).collect();
+        let record = Decision::Committed {
+            boot_id: self.receiver.boot_id.clone(),
+            id: self.id.clone(),
+            moves: moves.clone(),
+            blob: ready.blob.as_ref().map(KeptBlob::its_record),
+        };
+        let decided = self.receiver.journal.decide(self.nonce, record.clone());
+        if decided.map_err(AttemptError::local("write the commit record"))? != record {
+            let desc = "this attempt was decided before, and not in favour of this receiver";
+            return Err(Refusal::new("refused", desc).into());
+        }
+        ready.hidden.into_iter().for_each(Hidden::keep);
+        destination::roll_forward(&moves);
+        self.take_over(ready.blob);
+        // If this is lost the sender asks again, and the record answers.
+        let told = self.talk.say(&FromReceiver::Committed {}).await;
+        tracing::info!(id = %self.id, told = told.is_ok(), "committed: the regions are owned here now");
+        self.report("completed", None);
+        // The sender hangs up when it has heard. Unmapping the memory here takes milliseconds per GiB,
+        // and on few cores they would be part of its downtime.
+        let _ = timeout(REASON_WAIT, self.talk.hear()).await;
+        Ok(())
+    }
+
+    /// What was committed can be asked for from now on.
+    fn take_over(&mut self, blob: Option<KeptBlob>) {
+        use crate::stream::Destination;
+        let setup = Arc::clone(&self.crew().setup);
+        let mut state = self.receiver.lock();
+        state.holdings.ended(&self.id, true);
+        for place in setup.destinations.iter() {
+            if let Place::New(file) = place {
+                let region = place.region();
+                let path = file.final_path().to_owned();
+                let holdings = &mut state.holdings;
+                holdings.committed_file(region.name().clone(), path, region.bytes());
+            }
+        }
+        if let Some(blob) = blob {
+            self.blob_bytes = Some(blob.account().bytes);
+            state.blobs.add(self.id.clone(), blob);
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Whether to lend or to copy. Pure: the time is an argument.
+//!
+//! Where the kernel copies what was lent, a plain send is cheaper. So a window of sends is watched, and if
+//! every one in it was copied the stream copies for a while; then it lends a window's worth to see whether
+//! that has changed, later and later if it has not. A kernel's flag covers ranges of sends and is raised
+//! for single packets, so less than a whole window decides nothing.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use crate::channel::Flush;
+
+/// Sends that decide. On a copying path they cost about half of their time more; eight packets of 1 MiB
+/// are 8 MiB per stream.
+const WINDOW_SENDS: u64 = 8;
+
+/// How long a stream copies before it tries again, at first and at most.
+const PAUSE_MIN: Duration = Duration::from_secs(10);
+const PAUSE_MAX: Duration = Duration::from_secs(320);
+
+/// A stream went from one way of sending to another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fallback {
+    /// The stream.
+    pub stream: u16,
+    /// The engine it used.
+    pub from: &'static str,
+    /// What it uses now.
+    pub to: &'static str,
+    /// Why, in words for an operator.
+    pub reason: String,
+}
+
+/// Who is told of a [`Fallback`], at once and on the stream's thread.
+pub struct Tell(pub Box<dyn Fn(&Fallback) + Send>);
+
+impl fmt::Debug for Tell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tell")
+    }
+}
+
+/// What a step changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Change {
+    /// From lending to plain sends: the whole window was copied.
+    FellBack,
+    /// From plain sends to lending: not all of the window was copied.
+    Recovered,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The channel cannot lend, or is not to.
+    Never,
+    /// `start` is what had been released when the window began; `proven`: a window before was not all
+    /// copied, or this is the first.
+    Lends { start: Flush, proven: bool },
+    /// Until then.
+    Copies { until: Instant },
+}
+
+#[derive(Debug)]
+pub(super) struct Lending {
+    state: State,
+    pause: Duration,
+}
+
+impl Lending {
+    /// For a stream whose channel can lend, or cannot.
+    pub(super) fn new(capable: bool) -> Self {
+        let start = Flush::NOTHING_OWED;
+        Self {
+            state: match capable {
+                true => State::Lends {
+                    start,
+                    proven: true,
+                },
+                false => State::Never,
+            },
+            pause: PAUSE_MIN,
+        }
+    }
+
+    /// Whether the next packet is to be lent.
+    pub(super) fn lends(&self) -> bool {
+        matches!(self.state, State::Lends { .. })
+    }
+
+    /// Looks at what the channel has released since it was made.
+    pub(super) fn step(&mut self, released: Flush, now: Instant) -> Option<Change> {
+        match self.state {
+            State::Never => None,
+            State::Copies { until } => {
+                if now >= until {
+                    self.state = State::Lends {
+                        start: released,
+                        proven: false,
+                    };
+                }
+                None
+            }
+            State::Lends { start, proven } => {
+                let window = Flush {
+                    sends: released.sends - start.sends,
+                    copied: released.copied - start.copied,
+                };
+                if window.sends < WINDOW_SENDS {
+                    return None;
+                }
+                if window.all_copied() {
+                    let until = now + self.pause;
+                    self.state = State::Copies { until };
+                    self.pause = (self.pause * 2).min(PAUSE_MAX);
+                    return proven.then_some(Change::FellBack);
+                }
+                self.state = State::Lends {
+                    start: released,
+                    proven: true,
+                };
+                self.pause = PAUSE_MIN;
+                (!proven).then_some(Change::Recovered)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flush(sends: u64, copied: u64) -> Flush {
+        Flush { sends, copied }
+    }
+
+    #[test]
+    fn a_window_that_was_copied_ends_lending_and_one_that_was_not_does_not() {
+        let now = Instant::now();
+        let mut lending = Lending::new(true);
+        assert_eq!(lending.step(flush(7, 7), now), None);
+        assert_eq!(lending.step(flush(8, 7), now), None);
+        assert_eq!(lending.step(flush(15, 14), now), None);
+        assert!(lending.lends());
+        assert_eq!(lending.step(flush(16, 15), now), Some(Change::FellBack));
+        assert!(!lending.lends());
+        assert_eq!(lending.step(flush(16, 15), now), None);
+        let mut never = Lending::new(false);
+        assert_eq!(never.step(flush(0, 0), now + PAUSE_MAX), None);
+        assert!(!never.lends());
+    }
+
+    #[test]
+    fn it_tries_again_later_and_later_and_comes_back_when_that_works() {
+        let mut now = Instant::now();
+        let mut lending = Lending::new(true);
+        let mut sends = WINDOW_SENDS;
+        assert_eq!(
+            lending.step(flush(sends, sends), now),
+            Some(Change::FellBack)
+        );
+        let mut pause = PAUSE_MIN;
+        for _ in 0..8 {
+            lending.step(flush(sends, sends), now + pause - Duration::from_millis(1));
+            assert!(!lending.lends());
+            now += pause;
+            assert_eq!(lending.step(flush(sends, sends), now), None);
+            assert!(lending.lends());
+            sends += WINDOW_SENDS;
+            // A try that fails is no news.
+            assert_eq!(lending.step(flush(sends, sends), now), None);
+            assert!(!lending.lends());
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+        now += pause;
+        lending.step(flush(sends, sends), now);
+        let better = flush(sends + WINDOW_SENDS, sends);
+        assert_eq!(lending.step(better, now), Some(Change::Recovered));
+        assert!(lending.lends());
+        let worse = flush(better.sends + WINDOW_SENDS, better.copied + WINDOW_SENDS);
+        assert_eq!(lending.step(worse, now), Some(Change::FellBack));
+        lending.step(worse, now + PAUSE_MIN);
+        assert!(lending.lends());
+    }
+}
