@@ -21,7 +21,7 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 
-use memferry::client::{Connection, Tracked};
+use memferry::client::{Connection, Tracked, Tracking};
 use memferry::name::Name;
 use memferry::region::{Access, Mapping};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -131,10 +131,10 @@ fn next(before: u64, step: u64) -> u64 {
 fn source(sender: &Path, uri: &str) -> Outcome<()> {
     let (ram_file, ram) = memory(VCPUS * WORDS)?;
     let machine = Machine::new(ram, [0; VCPUS]);
-    let tracked = Tracked::new(&machine.ram)?;
+    let tracking = Tracking::Pagemap(Tracked::new(&machine.ram)?);
     let mut connection = Connection::connect(sender)?;
     let freeze = json!({"kind": "client"});
-    connection.register(&Name::new(NAME)?, ram_file.as_fd(), &tracked, freeze)?;
+    connection.register(&Name::new(NAME)?, ram_file.as_fd(), &tracking, freeze)?;
     machine.run_while(|| {
         let started = Instant::now();
         while machine.steps().iter().any(|steps| *steps < STEPS) && started.elapsed() < DEADLINE {

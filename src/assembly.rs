@@ -2,13 +2,17 @@
 //!
 //! Pure: streams tell it what came, it says whether that was allowed. It keeps rule 2 (no page of
 //! Iteration n+1 before all of n) and the first half of rule 4 (what *prepared* needs).
+//!
+//! What arrived belongs to the attempt, the account of how it arrived to one epoch of connections: the
+//! counts of both sides start anew with each epoch.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use crate::limits::PAGE_BYTES;
+use crate::limits::{MISSING_RUNS_MAX, PAGE_BYTES};
 use crate::name::Name;
 use crate::pages::{PageRange, SharedPageSet, pages_in};
-use crate::wire::{DataHeader, MarkHeader, StreamTotals};
+use crate::wire::{DataHeader, MarkHeader, RegionRun, StreamTotals};
 
 /// What a peer did that the protocol does not allow, or what is missing at the end.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -62,6 +66,24 @@ pub enum Violation {
         sent: StreamTotals,
         /// Ours.
         received: StreamTotals,
+    },
+    /// Marks that say different numbers of streams, or more than were offered.
+    #[error("stream {stream} says that there are {found} streams, {known} are known")]
+    Streams {
+        /// The stream.
+        stream: u16,
+        /// Its number of them.
+        found: u16,
+        /// What another stream or the offer said.
+        known: u32,
+    },
+    /// The sender wants to go on before where it was.
+    #[error("the transfer was resumed at iteration {found} while iteration {open} is open")]
+    Resumed {
+        /// Where the sender wants to go on.
+        found: u32,
+        /// The open one.
+        open: u32,
     },
     /// An Iteration was not ended on every stream.
     #[error("iteration {open} is not complete: {marked} of {streams} streams have ended it")]
@@ -123,18 +145,23 @@ impl Incoming {
 
 #[derive(Debug, Default)]
 struct StreamState {
+    /// Frames that have come.
     packets: AtomicU64,
+    /// Those of them that are in place.
+    applied: AtomicU64,
     bytes: AtomicU64,
     marked: AtomicU32,
 }
 
-/// One attempt as the receiver sees it. Streams share it without a lock: each field of a
+/// One epoch of an attempt as the receiver sees it. Streams share it without a lock: each field of a
 /// `StreamState` is written by that stream alone.
 #[derive(Debug)]
 pub struct Assembly {
     epoch: u32,
-    regions: Vec<Incoming>,
+    regions: Arc<[Incoming]>,
     streams: Vec<StreamState>,
+    /// Streams the sender has in this epoch, as its first mark says; 0 before.
+    expected: AtomicU32,
     /// The last Iteration that every stream has ended.
     complete: AtomicU32,
     /// Streams that have ended the one after it.
@@ -151,15 +178,71 @@ impl Assembly {
             intact: SharedPageSet::empty(pages_in(bytes)),
             written: SharedPageSet::empty(pages_in(bytes)),
         });
+        Self::of(epoch, streams.into(), 1, regions.collect())
+    }
+
+    fn of(epoch: u32, streams: usize, iteration: u32, regions: Arc<[Incoming]>) -> Self {
         Self {
             epoch,
-            regions: regions.collect(),
+            regions,
             streams: std::iter::repeat_with(StreamState::default)
-                .take(streams.into())
+                .take(streams)
                 .collect(),
-            complete: AtomicU32::new(0),
+            expected: AtomicU32::new(0),
+            complete: AtomicU32::new(iteration - 1),
             marks: AtomicU32::new(0),
         }
+    }
+
+    /// The account of the next epoch: the connections of this one are gone, and nothing reads them any
+    /// more. What has arrived stays; `iteration` is the one that comes next.
+    pub fn succeed(&self, epoch: u32, iteration: u32) -> Result<Self, Violation> {
+        let open = self.iterations() + 1;
+        // Nobody gets that far; and so the numbers to come never overflow.
+        if iteration < open || iteration > u32::MAX / 2 {
+            let found = iteration;
+            return Err(Violation::Resumed { found, open });
+        }
+        let regions = Arc::clone(&self.regions);
+        Ok(Self::of(epoch, self.streams.len(), iteration, regions))
+    }
+
+    /// All of the frame is in place: what an acknowledgement says, whether it gets through or not.
+    pub fn applied(&self, stream: u16, sequence: u64) {
+        let state = &self.streams[usize::from(stream)];
+        state.applied.store(sequence, Ordering::Relaxed);
+    }
+
+    /// How many frames of each stream are in place.
+    #[must_use]
+    pub fn frames_applied(&self) -> Vec<u64> {
+        let applied = |state: &StreamState| state.applied.load(Ordering::Relaxed);
+        self.streams.iter().map(applied).collect()
+    }
+
+    /// Pages that are not in place or not intact. If those are more than [`MISSING_RUNS_MAX`] runs, the
+    /// gaps between them that are smallest are counted in.
+    #[must_use]
+    pub fn missing(&self) -> Vec<RegionRun> {
+        let mut all: Vec<RegionRun> = Vec::new();
+        let mut gap_max = 0;
+        for (region, incoming) in (0..).zip(&*self.regions) {
+            for PageRange { first, count } in incoming.intact.complement().runs() {
+                let run = RegionRun {
+                    region,
+                    first,
+                    pages: count,
+                };
+                join(&mut all, run, gap_max);
+                while all.len() > MISSING_RUNS_MAX {
+                    gap_max = gap_max * 2 + 1;
+                    for run in std::mem::take(&mut all) {
+                        join(&mut all, run, gap_max);
+                    }
+                }
+            }
+        }
+        all
     }
 
     /// The epoch of its connections.
@@ -208,9 +291,10 @@ impl Assembly {
                 received,
             });
         }
+        let streams = self.expect(stream, header.streams)?;
         state.marked.store(header.iteration, Ordering::Relaxed);
         let marks = self.marks.fetch_add(1, Ordering::AcqRel) + 1;
-        let last = marks as usize == self.streams.len();
+        let last = marks == streams;
         if last {
             // The sender starts the next Iteration only after this mark is acknowledged, which is
             // after these stores, so no stream can see half of the change.
@@ -218,6 +302,27 @@ impl Assembly {
             self.complete.store(header.iteration, Ordering::Release);
         }
         Ok(last)
+    }
+
+    /// How many streams end an Iteration in this epoch; all of them have to say the same.
+    fn expect(&self, stream: u16, found: u16) -> Result<u32, Violation> {
+        let offered = u32::try_from(self.streams.len()).expect("streams are limited to 256");
+        let said = u32::from(found);
+        let known =
+            match self
+                .expected
+                .compare_exchange(0, said, Ordering::Relaxed, Ordering::Relaxed)
+            {
+                Ok(_) if (1..=offered).contains(&said) => return Ok(said),
+                Ok(_) => offered,
+                Err(known) if known == said => return Ok(said),
+                Err(known) => known,
+            };
+        Err(Violation::Streams {
+            stream,
+            found,
+            known,
+        })
     }
 
     /// What every frame must satisfy.
@@ -287,7 +392,7 @@ impl Assembly {
                 });
             }
         }
-        for region in &self.regions {
+        for region in &*self.regions {
             let pages = pages_in(region.bytes);
             let missing = pages - region.intact.count();
             if missing > 0 {
@@ -308,6 +413,18 @@ impl Assembly {
             .iter()
             .map(|region| region.intact.count() * PAGE_BYTES)
             .sum()
+    }
+}
+
+/// Adds a run behind `all`; joins it to the last one if at most `gap_max` pages lie between.
+fn join(all: &mut Vec<RegionRun>, run: RegionRun, gap_max: u64) {
+    match all.last_mut() {
+        Some(last)
+            if last.region == run.region && run.first - (last.first + last.pages) <= gap_max =>
+        {
+            last.pages = run.first + run.pages - last.first;
+        }
+        _ => all.push(run),
     }
 }
 
@@ -338,6 +455,15 @@ mod tests {
             iteration,
             sequence,
             bytes,
+            streams: 1,
+        }
+    }
+
+    /// A mark of an epoch with two streams.
+    fn mark_of_two(iteration: u32, sequence: u64, bytes: u64) -> MarkHeader {
+        MarkHeader {
+            streams: 2,
+            ..mark(iteration, sequence, bytes)
         }
     }
 
@@ -350,8 +476,8 @@ mod tests {
         let all = assembly(2);
         all.data(0, &data(1, 1)).unwrap().intact(range(0, 1));
         all.data(1, &data(1, 1)).unwrap().intact(range(1, 3));
-        assert!(!all.mark(0, &mark(1, 2, 4096)).unwrap());
-        assert!(all.mark(1, &mark(1, 2, 4096)).unwrap());
+        assert!(!all.mark(0, &mark_of_two(1, 2, 4096)).unwrap());
+        assert!(all.mark(1, &mark_of_two(1, 2, 4096)).unwrap());
         let totals = StreamTotals {
             packets: 2,
             bytes: 4096,
@@ -394,7 +520,7 @@ mod tests {
     #[test]
     fn no_page_of_the_next_iteration_before_every_stream_ended_this_one() {
         let all = assembly(2);
-        all.mark(0, &mark(1, 1, 0)).unwrap();
+        all.mark(0, &mark_of_two(1, 1, 0)).unwrap();
         assert!(matches!(
             all.data(0, &data(2, 2)),
             Err(Violation::Iteration {
@@ -419,7 +545,7 @@ mod tests {
                 ..
             })
         ));
-        all.mark(1, &mark(1, 1, 0)).unwrap();
+        all.mark(1, &mark_of_two(1, 1, 0)).unwrap();
         assert!(all.data(0, &data(2, 2)).is_ok());
         assert!(matches!(
             all.data(1, &data(3, 2)),
@@ -459,6 +585,96 @@ mod tests {
             all.data(0, &foreign),
             Err(Violation::Region { region: 1, .. })
         ));
+    }
+
+    #[test]
+    fn streams_that_disagree_on_how_many_they_are_are_refused() {
+        for streams in [0, 3] {
+            let all = assembly(2);
+            let mark = MarkHeader {
+                streams,
+                ..mark(1, 1, 0)
+            };
+            let refused = all.mark(0, &mark);
+            assert!(matches!(refused, Err(Violation::Streams { known: 2, .. })));
+        }
+        let all = assembly(2);
+        assert!(!all.mark(0, &mark_of_two(1, 1, 0)).unwrap());
+        let refused = all.mark(1, &mark(1, 1, 0));
+        assert!(matches!(refused, Err(Violation::Streams { found: 1, .. })));
+        assert!(
+            assembly(2).mark(1, &mark(1, 1, 0)).unwrap(),
+            "fewer streams than offered will do"
+        );
+    }
+
+    #[test]
+    fn the_next_epoch_keeps_what_arrived_and_counts_anew() {
+        let all = assembly(2);
+        let region = all.data(0, &data(1, 1)).unwrap();
+        region.intact(range(0, 2));
+        all.applied(0, 1);
+        // The second packet is only half there when the connection breaks.
+        all.data(0, &data(1, 2)).unwrap().placing(range(1, 2));
+        assert_eq!(all.frames_applied(), [1, 0]);
+        let missing = RegionRun {
+            region: 0,
+            first: 1,
+            pages: 3,
+        };
+        assert_eq!(all.missing(), [missing]);
+
+        let next = all.succeed(6, 2).unwrap();
+        assert_eq!((next.epoch(), next.iterations()), (6, 1));
+        assert_eq!(next.frames_applied(), [0, 0]);
+        assert!(matches!(
+            next.data(0, &data(2, 1)),
+            Err(Violation::Epoch { found: 5, .. })
+        ));
+        let new = |header: DataHeader| DataHeader { epoch: 6, ..header };
+        assert!(matches!(
+            next.data(0, &new(data(1, 1))),
+            Err(Violation::Iteration { found: 1, .. })
+        ));
+        next.data(0, &new(data(2, 1))).unwrap().intact(range(1, 3));
+        let mark = MarkHeader {
+            epoch: 6,
+            ..mark(2, 2, 4096)
+        };
+        assert!(next.mark(0, &mark).unwrap());
+        let totals = StreamTotals {
+            packets: 2,
+            bytes: 4096,
+        };
+        let none = StreamTotals::default();
+        assert_eq!(next.verdict(&[totals, none]), Ok(()));
+        assert!(matches!(
+            next.succeed(7, 2),
+            Err(Violation::Resumed { found: 2, open: 3 })
+        ));
+    }
+
+    #[test]
+    fn what_is_missing_is_named_in_a_bounded_number_of_runs() {
+        let pages = 4 * MISSING_RUNS_MAX as u64;
+        let offered = [("a", 8), ("b", pages), ("c", 8)];
+        let offered = offered.map(|(name, pages)| (Name::new(name).unwrap(), pages * PAGE_BYTES));
+        let all = Assembly::new(0, 1, offered);
+        for page in (0..pages).step_by(2) {
+            all.regions[1].intact(range(page, 1));
+        }
+        let missing = all.missing();
+        assert!(missing.len() <= MISSING_RUNS_MAX);
+        let named = |region: u32, page: u64| {
+            let mut runs = missing.iter().filter(|run| run.region == region);
+            runs.any(|run| (run.first..run.first + run.pages).contains(&page))
+        };
+        assert!((0..8).all(|page| named(0, page) && named(2, page)));
+        assert!((1..pages).step_by(2).all(|page| named(1, page)));
+        assert!(missing.iter().all(|run| {
+            let of = &all.regions[run.region as usize];
+            run.first + run.pages <= pages_in(of.bytes)
+        }));
     }
 
     #[test]

@@ -94,6 +94,15 @@ impl Plan {
             .sum()
     }
 
+    /// Ends the Iteration early: what was not handed out is not.
+    pub fn end(&self) {
+        let mut cursor = self.cursor.lock().unwrap_or_else(PoisonError::into_inner);
+        *cursor = Cursor {
+            run: self.runs.len(),
+            done: 0,
+        };
+    }
+
     /// Fills `piece` with the next one; says whether there was one. Any thread may ask.
     pub fn next(&self, piece: &mut Piece) -> bool {
         // A panic elsewhere cannot leave the cursor half moved: it is two integers set at the end.

@@ -121,6 +121,13 @@ pub const CONTROL_OUT_OF_BAND_MAX: usize = 8;
 /// Events waiting for one control client, in bytes. Above it further events are dropped.
 pub const CONTROL_EVENT_QUEUE_BYTES_MAX: usize = 256 * 1024;
 
+/// Longest time a receiver keeps an attempt that lost its sender, in seconds, whatever was asked for.
+pub const RECOVER_SECONDS_MAX: u64 = 60 * 60;
+
+/// Runs of missing pages that a receiver names when an attempt is resumed. With more of them, those that
+/// lie closest are joined.
+pub const MISSING_RUNS_MAX: usize = 8192;
+
 /// Spans handed to one system call: the kernel's `UIO_MAXIOV`.
 pub const IOV_MAX: usize = 1024;
 

@@ -265,6 +265,16 @@ impl SharedPageSet {
         words(range).any(|(word, bits)| self.words[word].load(Ordering::Relaxed) & bits != 0)
     }
 
+    /// The pages of the Region that are not in the set.
+    #[must_use]
+    pub fn complement(&self) -> PageSet {
+        let mut rest = PageSet::empty(self.pages);
+        for (index, word) in self.words.iter().enumerate() {
+            rest.insert_word(index, !word.load(Ordering::Relaxed));
+        }
+        rest
+    }
+
     /// How many pages are in the set.
     #[must_use]
     pub fn count(&self) -> u64 {
@@ -339,6 +349,9 @@ mod tests {
             prop_assert_eq!(set.count(), model.len() as u64);
             prop_assert_eq!(shared.count(), model.len() as u64);
             prop_assert_eq!(set.is_empty(), model.is_empty());
+            let absent = shared.complement();
+            prop_assert!((0..pages).all(|page| absent.contains(page) != model.contains(&page)));
+            prop_assert_eq!(absent.count(), pages - model.len() as u64);
             for first in 0..pages {
                 let range = PageRange { first, count: (pages - first).min(70) };
                 let any = model.range(range.first..range.end()).next().is_some();

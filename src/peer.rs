@@ -61,6 +61,19 @@ pub enum PeerError {
 }
 
 impl PeerError {
+    /// Whether the connection is to blame, and another one may do better.
+    #[must_use]
+    pub fn is_loss(&self) -> bool {
+        match self {
+            Self::Connect { .. } | Self::Lost(_) | Self::Silent { .. } | Self::Turned(_) => true,
+            // Whoever answered once in this language has not forgotten it: the first bytes are damaged.
+            Self::Wire(error) => matches!(
+                error,
+                WireError::Damaged { .. } | WireError::Illegal { field: "magic", .. }
+            ),
+        }
+    }
+
     /// The stable code under which this error is reported.
     #[must_use]
     pub fn code(&self) -> &'static str {

@@ -37,7 +37,16 @@ fn sender_alone(stage: &Stage) -> (Daemon, Writer) {
 
 /// Moves to `uri`, which cannot end well; checks exit code and code.
 fn assert_fails(sender: &mut Daemon, uri: &str, exit: i32, code: &str) {
-    let arguments = ["migrate", uri, "--progress", "none", "--set", "streams=2"];
+    let arguments = [
+        "migrate",
+        uri,
+        "--progress",
+        "none",
+        "--set",
+        "streams=2",
+        "--set",
+        "recover-timeout=0",
+    ];
     let (ended, text) = ended(&sender.cli(&arguments));
     let last = sender.call("query-migrate", Value::Null);
     assert_eq!(last["error"]["x-code"], code, "{last:#}");
@@ -86,11 +95,13 @@ fn a_receiver_that_says_nothing_is_given_up_after_the_stall_timeout() {
     let stage = Stage::new();
     let (mut sender, writer) = sender_alone(&stage);
     let fake = FakeReceiver::start(Manners::Silent);
-    let order = json!({"uri": fake.uri, "id": "r", "stall-timeout": "300ms"});
+    let order =
+        json!({"uri": fake.uri, "id": "r", "stall-timeout": "300ms", "recover-timeout": "0"});
     sender.call("migrate", order);
     sender.wait_failed("r", "peer-silent");
     let fake = FakeReceiver::start(Manners::Acknowledges(0));
-    let order = json!({"uri": fake.uri, "id": "r", "stall-timeout": "300ms"});
+    let order =
+        json!({"uri": fake.uri, "id": "r", "stall-timeout": "300ms", "recover-timeout": "0"});
     sender.call("migrate", order);
     // Which of the two it meets first is chance: no acknowledgement, or no heartbeat.
     let failed = sender.wait("r", "failed");
@@ -413,7 +424,7 @@ fn under_way() -> (Pair, Writer) {
     let mut pair = Pair::new();
     let writer = Writer::start(&pair.stage.path("r"), 4 * MIB, "2MiB/s", MIB);
     pair.add_live("r", &writer);
-    let order = json!({"max-bandwidth": "2MiB/s", "packet-size": "64KiB", "streams": 2});
+    let order = json!({"max-bandwidth": "2MiB/s", "packet-size": "64KiB", "streams": 2, "recover-timeout": "0"});
     pair.begin("r", order);
     let sent = |seen: &Value| seen["ram"]["transferred"].as_u64() > Some(MIB / 4);
     pair.sender.wait_until("r", sent);
@@ -455,8 +466,7 @@ fn a_receiver_that_hangs_is_given_up_and_has_nothing_when_it_goes_on() {
     let mut pair = Pair::new();
     let writer = Writer::start(&pair.stage.path("r"), 4 * MIB, "2MiB/s", MIB);
     pair.add_live("r", &writer);
-    let order =
-        json!({"max-bandwidth": "2MiB/s", "packet-size": "64KiB", "stall-timeout": "500ms"});
+    let order = json!({"max-bandwidth": "2MiB/s", "packet-size": "64KiB", "stall-timeout": "500ms", "recover-timeout": "0"});
     pair.begin("r", order);
     let sent = |seen: &Value| seen["ram"]["transferred"].as_u64() > Some(MIB / 4);
     pair.sender.wait_until("r", sent);

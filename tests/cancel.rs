@@ -51,6 +51,7 @@ impl Half {
             "id": "r",
             "streams": 2,
             "stall-timeout": "1h",
+            "recover-timeout": "0",
             "max-iterations": 1,
         });
         self.sender.call("migrate", order);
@@ -530,7 +531,7 @@ fn a_live_receiver_killed_while_it_receives_owns_nothing_after_its_restart() {
     pair.add("r", &source);
     pair.begin(
         "r",
-        json!({"max-bandwidth": "1MiB/s", "packet-size": "64KiB"}),
+        json!({"max-bandwidth": "1MiB/s", "packet-size": "64KiB", "recover-timeout": "0"}),
     );
     pair.receiver.wait_arrival("r", "active");
     pair.receiver.kill();

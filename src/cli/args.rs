@@ -57,6 +57,12 @@ pub enum Command {
     Status(StatusArgs),
     /// Cancel a transfer: the latest, or the one with this id. The source keeps running.
     Cancel(CancelArgs),
+    /// Let a transfer stand still at the next moment that allows it: the latest, or the one with this id.
+    /// The source keeps running, and what has arrived stays there.
+    Pause(CancelArgs),
+    /// Go on with a transfer that is paused, or that has lost its connections: now, and not when it would
+    /// have tried again.
+    Recover(RecoverArgs),
     /// Say on behalf of writers that stop themselves that they stand still, and stay so.
     ///
     /// For a transfer in `pre-switchover` whose writers (freeze `client`) were stopped by hand.
@@ -72,6 +78,10 @@ pub enum Command {
     Blob(BlobArgs),
     /// Show the whole job on this host: receiver, sender and a busy writer, then compare every byte.
     Demo(DemoArgs),
+    /// Measure this machine: transfers between real daemons, beside a loop that does nothing but move bytes.
+    ///
+    /// Runs alternate, and a figure comes with the interval it lies in. See docs/performance.md.
+    Bench(BenchArgs),
     /// Run a writer that stamps pages at a steady rate and can be frozen; for trying things out.
     Workload(WorkloadArgs),
     /// Compare memory that a workload wrote with the account it kept, and name the writes that are lost.
@@ -254,7 +264,17 @@ pub struct StatusArgs {
     pub json: bool,
 }
 
-/// Arguments of `memferry cancel`.
+/// Arguments of `memferry recover`.
+#[derive(Debug, Args)]
+pub struct RecoverArgs {
+    /// Id of the transfer.
+    pub id: Option<Name>,
+    /// Another address of the same receiver.
+    #[arg(long)]
+    pub uri: Option<String>,
+}
+
+/// Arguments of `memferry cancel` and `memferry pause`.
 #[derive(Debug, Args)]
 pub struct CancelArgs {
     /// Id of the transfer.
@@ -305,6 +325,26 @@ pub struct DemoArgs {
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub zero_copy: String,
     /// End standard output with one line of JSON: the final state, and what the comparison found.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `memferry bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure; may be repeated. Without it, everything.
+    #[arg(long = "case", value_name = "NAME")]
+    pub cases: Vec<String>,
+    /// Size of the Region that is moved.
+    #[arg(long, default_value = "1GiB")]
+    pub size: Size,
+    /// Pairs of runs for each comparison; six or more give an interval of 95 %.
+    #[arg(long, default_value_t = 9, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub runs: u16,
+    /// Where both sides keep their memory. Huge pages need a tmpfs that is mounted with huge=advise.
+    #[arg(long, default_value = "/dev/shm", value_name = "DIRECTORY")]
+    pub directory: PathBuf,
+    /// Print everything as one line of JSON.
     #[arg(long)]
     pub json: bool,
 }

@@ -51,9 +51,8 @@ impl Exit {
             "invalid-argument" => Self::Usage,
             "access-denied" => Self::Unreachable,
             "unreachable" | "connection-lost" | "peer-silent" | "stalled" | "line-damage"
-            | "protocol" | "not-frozen" | "freeze-failed" | "receiver-failed" | "blob-read" => {
-                Self::Failed
-            }
+            | "protocol" | "not-held" | "not-frozen" | "freeze-failed" | "receiver-failed"
+            | "blob-read" => Self::Failed,
             // Why a Region cannot be added or moved, or a request cannot be followed: if it ends a
             // transfer, that transfer has failed, and otherwise nothing was begun.
             "region-open"
@@ -77,6 +76,8 @@ impl Exit {
             | "id-in-use"
             | "no-such-transfer"
             | "not-indeterminate"
+            | "not-active"
+            | "not-paused"
             | "not-waiting"
             | "tracker-blind"
             | "tracker-failed"

@@ -1,4 +1,4 @@
-//! `memferry migrate`, `cancel`, `continue` and `resolve`: start a transfer, show it, wait for its end.
+//! `memferry migrate` and the verbs for a transfer under way: start it, show it, wait for its end.
 //!
 //! The daemon moves the memory whether or not anyone watches. Losing the daemon while waiting therefore
 //! says nothing about the transfer: exit code 3, and `memferry status` tells once the daemon is back.
@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use super::args::{MigrateArgs, OwningSide, ProgressMode, ResolveArgs};
+use super::args::{MigrateArgs, OwningSide, ProgressMode, RecoverArgs, ResolveArgs};
 use super::exit::Exit;
 use super::interrupts::Interrupts;
 use super::output::{bytes, line, note, number, text};
@@ -78,6 +78,20 @@ pub(super) fn run(socket: &Path, args: &MigrateArgs) -> Result<Exit, ClientError
 pub(super) fn cancel(socket: &Path, id: Option<&str>) -> Result<(), ClientError> {
     let mut connection = Connection::connect(socket)?;
     connection.execute("migrate_cancel", query(id)).map(|_| ())
+}
+
+pub(super) fn pause(socket: &Path, id: Option<&str>) -> Result<(), ClientError> {
+    let mut connection = Connection::connect(socket)?;
+    connection.execute("migrate-pause", query(id)).map(|_| ())
+}
+
+pub(super) fn recover(socket: &Path, args: &RecoverArgs) -> Result<(), ClientError> {
+    let mut arguments = query(args.id.as_ref().map(|id| id.as_str()));
+    if let Some(uri) = &args.uri {
+        arguments["uri"] = json!(uri);
+    }
+    let mut connection = Connection::connect(socket)?;
+    connection.execute("migrate-recover", arguments).map(|_| ())
 }
 
 pub(super) fn go_on(socket: &Path, id: Option<&str>) -> Result<(), ClientError> {

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 pub mod args;
+mod bench;
 mod demo;
 mod doctor;
 pub mod exit;
@@ -18,6 +19,7 @@ mod migrate;
 pub mod output;
 pub mod progress;
 mod region;
+mod stage;
 mod status;
 mod take;
 mod workload;
@@ -45,6 +47,11 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
             let id = args.id.as_ref().map(|id| id.as_str());
             migrate::cancel(socket, id).map(|()| Exit::Done)
         }
+        Command::Pause(args) => {
+            let id = args.id.as_ref().map(|id| id.as_str());
+            migrate::pause(socket, id).map(|()| Exit::Done)
+        }
+        Command::Recover(args) => migrate::recover(socket, &args).map(|()| Exit::Done),
         Command::Continue(args) => {
             let id = args.id.as_ref().map(|id| id.as_str());
             migrate::go_on(socket, id).map(|()| Exit::Done)
@@ -54,6 +61,7 @@ fn dispatch(socket: &Path, command: Command) -> Exit {
         Command::Sender(args) => return daemon(crate::sender::run(&args.config)),
         Command::Receiver(args) => return daemon(crate::receiver::run(&args.config)),
         Command::Demo(args) => return demo::run(&args),
+        Command::Bench(args) => return bench::run(&args),
         Command::Workload(args) => return workload::run(args),
         Command::Verify(args) => return workload::verify(&args),
         Command::Guardian(args) => return guardian(&args),

@@ -74,6 +74,13 @@ fn summary(answer: &Value) -> Vec<String> {
         let code = code.map(|code| format!(" [{}]", printable(code)));
         row("error", printable(desc) + &code.unwrap_or_default());
     }
+    if let Some(desc) = answer["interruption"]["desc"].as_str() {
+        let times = number(&answer["recoveries"]);
+        row(
+            "interrupted",
+            format!("{times:.0} ×, the last time: {}", printable(desc)),
+        );
+    }
     if let Some(told) = owner(status, answer) {
         row("owner", told.to_owned());
     }

@@ -394,9 +394,8 @@ fn classify(mut message: Value) -> Message {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-
     use super::*;
+    use std::io::Read;
     use std::os::unix::net::UnixListener;
     use std::thread;
 

@@ -233,7 +233,7 @@ pub(super) const KEYS: &[Key<TransferParameters>] = &[
     Key {
         name: "recover-timeout",
         set: |to, given| {
-            let range = WAIT_MIN..=WAIT_MAX;
+            let range = Interval(Duration::ZERO)..=WAIT_MAX;
             given.interval(range).map(|time| to.recover_timeout = time)
         },
     },

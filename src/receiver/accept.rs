@@ -17,11 +17,15 @@ use tokio_util::task::TaskTracker;
 
 use crate::daemon::DaemonError;
 use crate::endpoint::Endpoint;
-use crate::peer::{self, Connection, PeerError};
-use crate::wire::{FromSender, Purpose, Status, WireError};
+use crate::peer::{self, Connection, Conversation, PeerError};
+use crate::wire::{FromReceiver, FromSender, Purpose, Status, WireError};
 
 use super::Receiver;
-use super::attempt::{self, Entry};
+use super::attempt;
+use super::entry::Entry;
+use super::error::AttemptError;
+
+type Talk = Conversation<FromReceiver, FromSender>;
 
 /// Callers that have not introduced themselves.
 const SILENT_CALLERS_MAX: usize = 64;
@@ -205,9 +209,11 @@ impl Call {
         };
         match greeting {
             Greeting::Turned(status) => tracing::info!(from, ?status, "turned a connection away"),
-            Greeting::Stream(entry, stream) => entry.take_in(stream, connection).await,
+            Greeting::Stream(entry, epoch, stream) => {
+                entry.take_in(epoch, stream, connection).await;
+            }
             Greeting::Conversation(first) => tokio::select! {
-                () = attempt::converse(&self.receiver, connection, &from, *first) => {}
+                () = converse(&self.receiver, connection, &from, *first) => {}
                 () = self.shutdown.cancelled() => {}
             },
         }
@@ -233,7 +239,7 @@ impl Call {
                 let entry = self.receiver.lock().attempts.get(&preamble.token).cloned();
                 entry.ok_or(Status::Token).and_then(|entry| {
                     match entry.claim(stream, preamble.epoch) {
-                        Status::Ok => Ok(Some((entry, stream))),
+                        Status::Ok => Ok(Some((entry, preamble.epoch, stream))),
                         refused => Err(refused),
                     }
                 })
@@ -243,7 +249,7 @@ impl Call {
         peer::answer(connection, &preamble, status).await?;
         Ok(match entry {
             Err(status) => Greeting::Turned(status),
-            Ok(Some((entry, stream))) => Greeting::Stream(entry, stream),
+            Ok(Some((entry, epoch, stream))) => Greeting::Stream(entry, epoch, stream),
             Ok(None) => Greeting::Conversation(Box::new(peer::read_message(connection).await?)),
         })
     }
@@ -252,6 +258,51 @@ impl Call {
 /// What a caller turned out to want.
 enum Greeting {
     Turned(Status),
-    Stream(Arc<Entry>, u16),
+    Stream(Arc<Entry>, u32, u16),
     Conversation(Box<FromSender>),
+}
+
+/// Serves a conversation, whatever it turns out to be about.
+async fn converse(receiver: &Arc<Receiver>, connection: Connection, from: &str, first: FromSender) {
+    match first {
+        FromSender::Offer(offer) => attempt::take(receiver, connection, from, offer).await,
+        FromSender::Resume(resume) => {
+            let held = receiver.lock().attempts.get(&resume.token).cloned();
+            match held.filter(|entry| entry.nonce() == resume.nonce) {
+                Some(entry) => entry.resume(connection, resume).await,
+                None => {
+                    tracing::info!(from, nonce = %resume.nonce, "asked to go on with a transfer that is not held here");
+                    let desc = "this receiver does not hold the transfer (any more)";
+                    refuse(connection, "not-held", desc).await;
+                }
+            }
+        }
+        FromSender::Inquire { nonce, boot_id } => match receiver.owner(nonce, &boot_id) {
+            Ok(owner) => {
+                tracing::info!(from, %nonce, ?owner, "was asked who owns a transfer's regions");
+                let talk = Talk::start(connection, GREETING);
+                let _ = talk.say(&FromReceiver::Owner { owner }).await;
+                talk.farewell().await;
+            }
+            // No answer: a wrong one could make two owners. The sender asks again.
+            Err(error) => {
+                tracing::error!(%nonce, %error, "cannot tell who owns a transfer's regions");
+            }
+        },
+        other => {
+            let error = AttemptError::out_of_place(&other);
+            tracing::info!(from, %error, "a conversation that began in the middle");
+        }
+    }
+}
+
+/// Ends a conversation that wants what is not here.
+async fn refuse(connection: Connection, code: &str, desc: &str) {
+    let talk = Talk::start(connection, GREETING);
+    let refusal = FromReceiver::Refuse {
+        code: code.into(),
+        desc: desc.into(),
+    };
+    let _ = talk.say(&refusal).await;
+    talk.farewell().await;
 }

@@ -240,6 +240,7 @@ mod tests {
             integrity: true,
             window: 1 << 20,
             stall_timeout_ms: 1000,
+            recover_timeout_ms: 0,
             dry_run: false,
             regions: regions.iter().map(region).collect(),
         }

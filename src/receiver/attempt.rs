@@ -4,140 +4,64 @@ mod handover;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::assembly::Assembly;
-use crate::channel::{Patience, SocketChannel};
 use crate::journal::Decision;
+use crate::limits::RECOVER_SECONDS_MAX;
 use crate::name::Name;
-use crate::peer::{self, Connection, Conversation, PeerError};
+use crate::peer::{Connection, Conversation, PeerError};
 use crate::stats::Counter;
-use crate::stream::{IncomingSetup, IncomingStream, StreamError};
-use crate::sys::wake::Wake;
+use crate::stream::{IncomingSetup, StreamError};
 use crate::wire::{
-    BlobAccount, FromReceiver, FromSender, Hex128, Offer, OfferedRegion, Status, StreamTotals,
-    Token,
+    BlobAccount, FromReceiver, FromSender, Hex128, Offer, OfferedRegion, StreamTotals, Token,
 };
 
 use super::Receiver;
-use super::accept::GREETING;
 use super::admission::{self, Refusal};
 use super::blob::ArrivingBlob;
-use super::destination::DestinationFile;
+use super::destination::{DestinationFile, Hidden};
+use super::entry::{Arrival, Entry, Resuming, Return};
 use super::error::AttemptError;
 use super::prepared::{Place, PreparedMemory};
+use super::readers::Readers;
 
 /// Bounds on what a sender may ask for as stall timeout.
 const PATIENCE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3600));
+
+/// Longest time that an attempt waits for its sender.
+const RECOVERY_MAX: Duration = Duration::from_secs(RECOVER_SECONDS_MAX);
 
 /// When a stream fails, the conversation often knows why; this is how long that may take.
 const REASON_WAIT: Duration = Duration::from_millis(500);
 
 type Talk = Conversation<FromReceiver, FromSender>;
-type StreamEnd = (u16, Result<(), StreamError>);
 
-/// What the rest of the receiver sees of an attempt under way.
-#[derive(Debug)]
-pub(super) struct Entry {
-    id: Name,
-    nonce: Hex128,
-    epoch: u32,
-    data_bytes: u64,
-    total_bytes: u64,
-    destinations: Arc<[Place]>,
-    claimed: Vec<AtomicBool>,
-    streams: mpsc::Sender<(u16, Connection)>,
-}
-
-impl Entry {
-    pub(super) fn names(&self) -> impl Iterator<Item = &Name> {
-        use crate::stream::Destination;
-        self.destinations
-            .iter()
-            .map(|destination| destination.region().name())
-    }
-
-    pub(super) fn id(&self) -> &Name {
-        &self.id
-    }
-
-    pub(super) fn nonce(&self) -> Hex128 {
-        self.nonce
-    }
-
-    /// Length of its Regions together.
-    pub(super) fn total_bytes(&self) -> u64 {
-        self.total_bytes
-    }
-
-    /// Bytes it may still allocate.
-    pub(super) fn owed_bytes(&self) -> u64 {
-        let allocated: u64 = self
-            .destinations
-            .iter()
-            .filter_map(Place::file)
-            .map(DestinationFile::allocated_bytes)
-            .sum();
-        self.data_bytes.saturating_sub(allocated)
-    }
-
-    /// Whether a stream may connect: each one once, in this epoch.
-    pub(super) fn claim(&self, stream: u16, epoch: u32) -> Status {
-        if epoch != self.epoch {
-            return Status::Epoch;
-        }
-        match self.claimed.get(usize::from(stream)) {
-            Some(claimed) if !claimed.swap(true, Ordering::Relaxed) => Status::Ok,
-            _ => Status::Stream,
-        }
-    }
-
-    /// Hands a claimed stream to its attempt, which may have ended meanwhile.
-    pub(super) async fn take_in(&self, stream: u16, connection: Connection) {
-        let _ = self.streams.send((stream, connection)).await;
-    }
-}
-
-/// Serves a conversation, whatever it turns out to be about.
-pub(super) async fn converse(
+/// Serves a conversation that began with an offer, to the end of the attempt.
+pub(super) async fn take(
     receiver: &Arc<Receiver>,
     connection: Connection,
     from: &str,
-    first: FromSender,
+    offer: Offer,
 ) {
-    match first {
-        FromSender::Offer(offer) => take(receiver, connection, from, offer).await,
-        FromSender::Inquire { nonce, boot_id } => match receiver.owner(nonce, &boot_id) {
-            Ok(owner) => {
-                tracing::info!(from, %nonce, ?owner, "was asked who owns a transfer's regions");
-                let talk = Talk::start(connection, GREETING);
-                let _ = talk.say(&FromReceiver::Owner { owner }).await;
-                talk.farewell().await;
-            }
-            // No answer: a wrong one could make two owners. The sender asks again.
-            Err(error) => {
-                tracing::error!(%nonce, %error, "cannot tell who owns a transfer's regions");
-            }
-        },
-        other => {
-            let error = AttemptError::out_of_place(&other);
-            tracing::info!(from, %error, "a conversation that began in the middle");
-        }
-    }
-}
-
-async fn take(receiver: &Arc<Receiver>, connection: Connection, from: &str, offer: Offer) {
     let patience = Duration::from_millis(offer.stall_timeout_ms).clamp(PATIENCE.0, PATIENCE.1);
+    // The sender may notice a loss later than we do, by as much as its patience.
+    let recovery = match offer.recover_timeout_ms {
+        0 => Duration::ZERO,
+        asked => Duration::from_millis(asked).min(RECOVERY_MAX) + patience,
+    };
+    if !offer.dry_run {
+        receiver.make_way(&offer).await;
+    }
     let mut attempt = Attempt {
         receiver: Arc::clone(receiver),
         talk: Talk::start(connection, patience),
         patience,
+        recovery,
         id: offer.id.clone(),
         nonce: offer.nonce,
         regions: offer
@@ -147,14 +71,13 @@ async fn take(receiver: &Arc<Receiver>, connection: Connection, from: &str, offe
             .collect(),
         received: Arc::default(),
         admitted: false,
-        accepted: false,
-        crew: None,
+        accepted: None,
         blob: None,
         blob_bytes: None,
     };
     tracing::info!(id = %attempt.id, from, nonce = %attempt.nonce, regions = attempt.regions.len(), "a transfer is offered");
     let ended = attempt.run(&offer).await;
-    attempt.clean_up().await;
+    let accepted = attempt.clean_up().await;
     if let Err(error) = ended {
         tracing::warn!(id = %attempt.id, code = error.code(), %error, "the transfer failed; nothing of it is kept");
         let refusal = FromReceiver::Refuse {
@@ -163,15 +86,13 @@ async fn take(receiver: &Arc<Receiver>, connection: Connection, from: &str, offe
         };
         let _ = attempt.talk.say(&refusal).await;
         // An offer that was not accepted leaves no trace: anybody can make any number of them.
-        if attempt.accepted {
+        if accepted {
             let status = if error.code() == "cancelled" {
                 "cancelled"
             } else {
                 "failed"
             };
-            let error =
-                json!({"class": "GenericError", "desc": error.to_string(), "x-code": error.code()});
-            attempt.report(status, Some(error));
+            attempt.report(status, Some(&error));
         }
     }
     attempt.talk.farewell().await;
@@ -181,28 +102,33 @@ struct Attempt {
     receiver: Arc<Receiver>,
     talk: Talk,
     patience: Duration,
+    /// How long it waits for its sender; 0: not at all.
+    recovery: Duration,
     id: Name,
     nonce: Hex128,
     regions: Vec<(Name, u64)>,
     received: Arc<Counter>,
     /// Whether the offer was found good: it may have claimed prepared memory.
     admitted: bool,
-    accepted: bool,
-    crew: Option<Crew>,
+    accepted: Option<Accepted>,
+    /// What has arrived of it over this conversation.
     blob: Option<ArrivingBlob>,
     /// Length of the blob that was committed.
     blob_bytes: Option<u64>,
 }
 
 /// What exists from the acceptance on.
-struct Crew {
+struct Accepted {
     token: Token,
+    entry: Arc<Entry>,
+    arriving: mpsc::Receiver<Arrival>,
+    back: Return,
     setup: Arc<IncomingSetup<Place>>,
-    arriving: mpsc::Receiver<(u16, Connection)>,
-    wake: Wake,
-    threads: Vec<thread::JoinHandle<()>>,
-    ends: mpsc::UnboundedReceiver<StreamEnd>,
-    report_end: mpsc::UnboundedSender<StreamEnd>,
+    readers: Readers,
+    /// The last epoch that had streams, and how many frames of each were applied in it.
+    applied: (u32, Vec<u64>),
+    /// From the first time that everything was there.
+    hidden: Option<Vec<Hidden>>,
 }
 
 impl Attempt {
@@ -219,10 +145,19 @@ impl Attempt {
         if offer.dry_run {
             return Ok(());
         }
-        self.accepted = true;
         self.report("setup", None);
-        self.gather_streams(offer.streams).await?;
-        self.report("active", None);
+        loop {
+            match self.serve().await {
+                Err(error) if error.is_interruption() && !self.recovery.is_zero() => {
+                    self.suspend(error).await?;
+                }
+                ended => return ended,
+            }
+        }
+    }
+
+    /// From the first stream to the commit, over the connections of one epoch.
+    async fn serve(&mut self) -> Result<(), AttemptError> {
         let (totals, blob) = self.receive().await?;
         let ready = self.prepare(&totals, blob).await?;
         self.talk.say(&FromReceiver::Prepared {}).await?;
@@ -254,41 +189,25 @@ impl Attempt {
         let places = offer.regions.iter().map(|region| self.place(region));
         let destinations: Arc<[_]> = places.collect::<Result<_, _>>()?;
         let assembly = Assembly::new(0, offer.streams, self.regions.iter().cloned());
-        let (streams, arriving) = mpsc::channel(offer.streams.into());
-        let (report_end, ends) = mpsc::unbounded_channel();
-        let wake = Wake::new().map_err(AttemptError::local("make an eventfd"))?;
-        let entry = Entry {
-            id: self.id.clone(),
-            nonce: self.nonce,
-            total_bytes: self.regions.iter().map(|(_, bytes)| bytes).sum(),
-            epoch: 0,
-            data_bytes: offer
-                .regions
-                .iter()
-                .zip(destinations.iter())
-                .filter(|(_, place)| place.file().is_some())
-                .map(|(region, _)| region.data_bytes.min(region.length))
-                .sum(),
-            destinations: Arc::clone(&destinations),
-            claimed: std::iter::repeat_with(AtomicBool::default)
-                .take(offer.streams.into())
-                .collect(),
-            streams,
-        };
-        self.receiver.lock().attempts.insert(token, Arc::new(entry));
-        self.crew = Some(Crew {
+        let readers = Readers::new().map_err(AttemptError::local("make an eventfd"))?;
+        let (entry, arriving, back) = Entry::new(offer, Arc::clone(&destinations));
+        let entry = Arc::new(entry);
+        let mut state = self.receiver.lock();
+        state.attempts.insert(token, Arc::clone(&entry));
+        self.accepted = Some(Accepted {
             token,
+            entry,
+            arriving,
+            back,
             setup: Arc::new(IncomingSetup {
                 assembly: Arc::new(assembly),
                 destinations,
                 integrity: offer.integrity,
                 received: Arc::clone(&self.received),
             }),
-            arriving,
-            wake,
-            threads: Vec::new(),
-            ends,
-            report_end,
+            readers,
+            applied: (0, Vec::new()),
+            hidden: None,
         });
         Ok(token)
     }
@@ -308,37 +227,20 @@ impl Attempt {
         Ok(Place::New(file))
     }
 
-    fn crew(&mut self) -> &mut Crew {
-        self.crew.as_mut().expect("an accepted attempt has a crew")
-    }
-
-    /// Starts a thread for every stream as it arrives, until all have.
-    async fn gather_streams(&mut self, streams: u16) -> Result<(), AttemptError> {
-        let patience = self.patience;
-        while self.crew().threads.len() < usize::from(streams) {
-            let crew = self.crew.as_mut().expect("an accepted attempt has a crew");
-            tokio::select! {
-                Some((stream, connection)) = crew.arriving.recv() => {
-                    crew.start(stream, connection, patience).map_err(AttemptError::local("start a stream"))?;
-                }
-                message = self.talk.hear() => return Err(unexpected(message)),
-                Some((stream, end)) = crew.ends.recv() => return Err(failure(stream, end, &mut self.talk).await),
-                // Each arrival is progress.
-                () = tokio::time::sleep(patience) => {
-                    let arrived = crew.threads.len();
-                    return Err(AttemptError::StreamsMissing { arrived, streams, seconds: patience.as_secs_f32() });
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Lets the streams work until the sender says that it is done.
+    /// Lets the streams work, as they come, until the sender says that it is done.
     async fn receive(&mut self) -> Result<(Vec<StreamTotals>, Option<BlobAccount>), AttemptError> {
-        let crew = self.crew.as_mut().expect("an accepted attempt has a crew");
         loop {
+            let accepted = accepted(&mut self.accepted);
             tokio::select! {
-                message = self.talk.hear() => match message? {
+                Some(arrival) = accepted.arriving.recv() => {
+                    let first = accepted.readers.len() == 0;
+                    accepted.start(arrival, self.patience).map_err(AttemptError::local("start a stream"))?;
+                    if first {
+                        self.report("active", None);
+                    }
+                }
+                (stream, end) = accepted.readers.hear() => return Err(failure(stream, end, &mut self.talk).await),
+                message = hear(&mut self.talk, &mut accepted.back, &accepted.entry) => match message? {
                     FromSender::Prepare { streams, blob } => return Ok((streams, blob)),
                     FromSender::Blob(piece) => {
                         if self.blob.is_none() {
@@ -349,23 +251,122 @@ impl Attempt {
                     }
                     other => return Err(unexpected(Ok(other))),
                 },
-                Some((stream, end)) = crew.ends.recv() => return Err(failure(stream, end, &mut self.talk).await),
             }
         }
     }
 
-    /// Ends every thread and forgets the attempt. Files without a name vanish with their descriptors.
-    async fn clean_up(&mut self) {
-        if let Some(mut crew) = self.crew.take() {
-            crew.end_streams().await;
-            self.receiver.lock().attempts.remove(&crew.token);
-        }
-        if self.admitted {
-            self.receiver.lock().holdings.ended(&self.id, false);
+    /// A connection was lost: ends the streams, and waits for the sender to come back. When this returns
+    /// `Ok`, nothing reads an old connection, and streams of the next epoch may connect.
+    async fn suspend(&mut self, cause: AttemptError) -> Result<(), AttemptError> {
+        tracing::warn!(id = %self.id, code = cause.code(), error = %cause, "interrupted");
+        accepted(&mut self.accepted).entry.close();
+        // The sender may hear it or not; if it does, it knows sooner and better.
+        let interrupted = FromReceiver::Interrupted {
+            code: cause.code().into(),
+            desc: cause.to_string().into(),
+        };
+        let _ = timeout(REASON_WAIT, self.talk.say(&interrupted)).await;
+        accepted(&mut self.accepted).end_epoch().await;
+        self.report("paused", Some(&cause));
+        let deadline = Instant::now() + self.recovery;
+        loop {
+            let Ok(resuming) = timeout_at(deadline, self.come_back()).await else {
+                return Err(cause);
+            };
+            if self.resume(resuming?).await? {
+                return Ok(());
+            }
         }
     }
 
-    fn report(&self, status: &str, error: Option<Value>) {
+    /// Waits for the sender's next conversation. The old one is not believed any more; but the sender may
+    /// have said there that it gives up.
+    async fn come_back(&mut self) -> Result<Resuming, AttemptError> {
+        let accepted = accepted(&mut self.accepted);
+        let mut listening = true;
+        loop {
+            tokio::select! {
+                resuming = accepted.back.next() => return Ok(resuming),
+                () = accepted.entry.given_up() => return Err(AttemptError::GivenUp),
+                // One that slipped through while the epoch was closed.
+                Some(late) = accepted.arriving.recv() => drop(late),
+                said = self.talk.hear(), if listening => match said {
+                    Ok(FromSender::Abort { code, desc }) => return Err(aborted(&code, &desc)),
+                    Ok(_) => {}
+                    Err(_) => listening = false,
+                },
+            }
+        }
+    }
+
+    /// Opens the next epoch; `false`: the conversation comes from the past.
+    async fn resume(&mut self, resuming: Resuming) -> Result<bool, AttemptError> {
+        let accepted = accepted(&mut self.accepted);
+        self.talk = Talk::start(resuming.connection, self.patience);
+        // It comes again, from its beginning.
+        self.blob = None;
+        let asked = resuming.resume;
+        let before = &accepted.setup;
+        let epoch = before.assembly.epoch() + 1;
+        let assembly = match before.assembly.succeed(epoch, asked.iteration) {
+            Ok(assembly) => Arc::new(assembly),
+            Err(stale) => {
+                let refusal = FromReceiver::Refuse {
+                    code: "protocol".into(),
+                    desc: stale.to_string().into(),
+                };
+                let _ = self.talk.say(&refusal).await;
+                return Ok(false);
+            }
+        };
+        let applied = match &accepted.applied {
+            (epoch, applied) if *epoch == asked.epoch => applied.clone(),
+            _ => Vec::new(),
+        };
+        let looked = Arc::clone(&assembly);
+        let missing = tokio::task::spawn_blocking(move || looked.missing()).await;
+        let missing = missing
+            .map_err(|error| AttemptError::local("look for what is missing")(error.into()))?;
+        accepted.setup = Arc::new(IncomingSetup {
+            assembly,
+            destinations: Arc::clone(&before.destinations),
+            integrity: before.integrity,
+            received: Arc::clone(&before.received),
+        });
+        accepted.readers = Readers::new().map_err(AttemptError::local("make an eventfd"))?;
+        accepted.entry.open(epoch);
+        tracing::info!(id = %self.id, epoch, "resumed");
+        // If this is lost, so is the conversation, and that shows when it is listened to.
+        let _ = self
+            .talk
+            .say(&FromReceiver::Resumed {
+                epoch,
+                applied,
+                missing,
+            })
+            .await;
+        Ok(true)
+    }
+
+    /// Ends every thread and forgets the attempt; says whether it had been accepted. Files without a
+    /// name vanish with their descriptors.
+    async fn clean_up(&mut self) -> bool {
+        let accepted = self.accepted.take();
+        let entry = match accepted {
+            Some(mut accepted) => {
+                accepted.end_epoch().await;
+                self.receiver.lock().attempts.remove(&accepted.token);
+                Some(Arc::clone(&accepted.entry))
+            }
+            None => None,
+        };
+        if self.admitted {
+            self.receiver.lock().holdings.ended(&self.id, false);
+        }
+        entry.as_ref().inspect(|entry| entry.set_ended()).is_some()
+    }
+
+    fn report(&self, status: &str, error: Option<&AttemptError>) {
         let total: u64 = self.regions.iter().map(|(_, bytes)| bytes).sum();
         let names: Vec<_> = self.regions.iter().map(|(name, _)| name).collect();
         let mut shown = json!({
@@ -378,51 +379,49 @@ impl Attempt {
             shown["blob-size"] = bytes.into();
         }
         if let Some(error) = error {
-            shown["error"] = error;
+            shown["error"] =
+                json!({"class": "GenericError", "desc": error.to_string(), "x-code": error.code()});
         }
         self.receiver.report(&self.id, shown);
     }
 }
 
-impl Crew {
-    /// Wakes the streams' threads and waits until they have ended.
-    async fn end_streams(&mut self) {
-        self.wake.wake();
-        let threads = std::mem::take(&mut self.threads);
-        let join = move || {
-            for thread in threads {
-                if thread.join().is_err() {
-                    tracing::error!("a stream's thread panicked");
-                }
-            }
-        };
-        let _ = tokio::task::spawn_blocking(join).await;
+fn accepted(accepted: &mut Option<Accepted>) -> &mut Accepted {
+    accepted.as_mut().expect("the offer was accepted")
+}
+
+impl Accepted {
+    /// Starts the thread of a stream, unless its epoch is over.
+    fn start(&mut self, arrival: Arrival, patience: Duration) -> io::Result<()> {
+        if arrival.epoch != self.setup.assembly.epoch() {
+            return Ok(());
+        }
+        let (stream, connection) = (arrival.stream, arrival.connection);
+        self.readers
+            .start(stream, connection, patience, &self.setup)
     }
 
-    fn start(
-        &mut self,
-        stream: u16,
-        connection: Connection,
-        stall_timeout: Duration,
-    ) -> io::Result<()> {
-        let patience = Patience {
-            stall_timeout,
-            wake: self.wake.clone(),
-        };
-        let channel =
-            SocketChannel::new(peer::into_descriptor(connection)?, patience.clone(), false)?;
-        let mut incoming = IncomingStream::new(stream, Box::new(channel), &patience, &self.setup);
-        let report_end = self.report_end.clone();
-        let run = move || {
-            // The attempt may be over, and then nobody wants to know.
-            let _ = report_end.send((stream, incoming.run()));
-        };
-        self.threads.push(
-            thread::Builder::new()
-                .name(format!("mf-recv-{stream}"))
-                .spawn(run)?,
-        );
-        Ok(())
+    /// Ends the streams, and keeps what is known of them.
+    async fn end_epoch(&mut self) {
+        let had_streams = self.readers.len() > 0;
+        self.readers.end().await;
+        if had_streams {
+            let assembly = &self.setup.assembly;
+            self.applied = (assembly.epoch(), assembly.frames_applied());
+        }
+    }
+}
+
+/// The next message; unless the sender has come back on another connection, or nobody will.
+async fn hear(
+    talk: &mut Talk,
+    back: &mut Return,
+    entry: &Entry,
+) -> Result<FromSender, AttemptError> {
+    tokio::select! {
+        message = talk.hear() => Ok(message?),
+        () = back.came() => Err(AttemptError::Superseded),
+        () = entry.given_up() => Err(AttemptError::GivenUp),
     }
 }
 

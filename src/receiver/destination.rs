@@ -75,14 +75,24 @@ impl DestinationFile {
         self.region.allocated_bytes().unwrap_or(0)
     }
 
-    /// Gives it a hidden name; and on a disk, writes it there.
+    /// Whether it outlives its host.
+    fn is_on_disk(&self) -> io::Result<bool> {
+        let kind = fstatfs(self.region.file())?.filesystem_type();
+        Ok(kind != TMPFS_MAGIC && kind != FsType(HUGETLBFS_MAGIC.0))
+    }
+
+    /// On a disk: writes its content there.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        if self.is_on_disk()? {
+            self.region.file().sync_all()?;
+        }
+        Ok(())
+    }
+
+    /// Gives it a hidden name. Works once: the kernel links an unnamed file only as long as it never had
+    /// a name.
     pub(super) fn hide(&self, nonce: Hex128, index: usize) -> io::Result<Hidden> {
         let file = self.region.file();
-        let kind = fstatfs(file)?.filesystem_type();
-        let on_disk = kind != TMPFS_MAGIC && kind != FsType(HUGETLBFS_MAGIC.0);
-        if on_disk {
-            file.sync_all()?;
-        }
         let lock = Flock::lock(file.try_clone()?, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, errno)| io::Error::from(errno))?;
         let path = self
@@ -96,7 +106,7 @@ impl DestinationFile {
             &path,
             AtFlags::AT_SYMLINK_FOLLOW,
         )?;
-        if on_disk {
+        if self.is_on_disk()? {
             sync_directory(&path)?;
         }
         Ok(Hidden {

@@ -37,12 +37,10 @@ pub(super) enum AttemptError {
     BlobTooLarge { bytes: u64 },
     #[error("stream {0} ended before the transfer did")]
     StreamEnded(u16),
-    #[error("{arrived} of {streams} streams arrived within {seconds} s (stall-timeout)")]
-    StreamsMissing {
-        arrived: usize,
-        streams: u16,
-        seconds: f32,
-    },
+    #[error("the sender has connected again")]
+    Superseded,
+    #[error("the sender has given this transfer up")]
+    GivenUp,
     #[error("the peer said {0} where the protocol has no place for it")]
     OutOfPlace(String),
     #[error("cannot {doing}: {source}")]
@@ -62,10 +60,20 @@ impl AttemptError {
             Self::Incomplete(_) | Self::Blob { .. } => "incomplete",
             Self::BlobTooLarge { .. } => "too-large",
             Self::Region(error) => error.code(),
-            Self::StreamEnded(_) => "connection-lost",
-            Self::StreamsMissing { .. } => "stalled",
+            Self::StreamEnded(_) | Self::Superseded => "connection-lost",
+            Self::GivenUp => "cancelled",
             Self::OutOfPlace(_) => "protocol",
             Self::Local { .. } => "receiver-failed",
+        }
+    }
+
+    /// Whether only connections were lost: the attempt can go on over others.
+    pub(super) fn is_interruption(&self) -> bool {
+        match self {
+            Self::Peer(error) => error.is_loss(),
+            Self::Stream(error) => error.is_loss(),
+            Self::StreamEnded(_) | Self::Superseded => true,
+            _ => false,
         }
     }
 

@@ -12,10 +12,12 @@ mod attempt;
 mod blob;
 mod commands;
 mod destination;
+mod entry;
 mod error;
 mod holdings;
 mod prepared;
 mod questions;
+mod readers;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -32,11 +34,11 @@ use crate::journal::{Decision, Journal};
 use crate::limits::{ATTEMPTS_REMEMBERED_MAX, RECORDS_MAX};
 use crate::name::Name;
 use crate::notify::Notifier;
-use crate::wire::{BootId, Hex128, Owner, Token};
+use crate::wire::{BootId, Hex128, Offer, Owner, Token};
 
 use admission::Obligations;
-use attempt::Entry;
 use blob::Blobs;
+use entry::Entry;
 use holdings::Holdings;
 use questions::Questions;
 
@@ -85,6 +87,22 @@ impl Receiver {
         obligations
     }
 
+    /// Ends attempts that wait for a sender which has forgotten them, as this offer shows.
+    async fn make_way(&self, offer: &Offer) {
+        let abandoned: Vec<_> = {
+            let state = self.lock();
+            let attempts = state.attempts.values();
+            attempts
+                .filter(|entry| entry.is_abandoned_for(offer))
+                .cloned()
+                .collect()
+        };
+        for entry in abandoned {
+            entry.give_up();
+            entry.ended().await;
+        }
+    }
+
     /// Shows `status` for an attempt, and announces it.
     fn report(&self, id: &Name, status: Value) {
         let mut event = json!({"id": id, "status": status["status"], "regions": status["regions"]});
@@ -128,7 +146,14 @@ impl Receiver {
         let refused = Decision::Refused {
             boot_id: self.boot_id.clone(),
         };
-        Ok(match self.journal.decide(nonce, refused)? {
+        let decided = self.journal.decide(nonce, refused)?;
+        if matches!(decided, Decision::Refused { .. }) {
+            // It can never be committed now. Who asks has forgotten the rest of it, too.
+            let state = self.lock();
+            let held = state.attempts.values().find(|entry| entry.nonce() == nonce);
+            held.inspect(|entry| entry.give_up());
+        }
+        Ok(match decided {
             Decision::Committed { boot_id, .. } if boot_id == self.boot_id => Owner::Destination,
             Decision::Committed { .. } => Owner::Unknown,
             Decision::Refused { .. } => Owner::Source,

@@ -61,6 +61,12 @@ impl Mapping {
         Ok(Arc::new(Self { base, len, access }))
     }
 
+    /// What it is for.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
     /// Mapped bytes.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -95,6 +101,12 @@ impl Mapping {
             owner: Some(self),
             slice: PhantomData,
         })
+    }
+
+    /// All of it, to be read by the kernel.
+    #[must_use]
+    pub fn whole(self: &Arc<Self>) -> Span<'_> {
+        self.span(0, self.len).expect("all of it is inside of it")
     }
 
     /// The bytes `offset..offset + len`, to be written by the kernel. `None` if that is not all inside,

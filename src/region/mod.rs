@@ -1,9 +1,9 @@
 //! Regions: named, fixed-length memory, mapped.
 //!
-//! Our own reads of a Region go through `pread` into a small buffer, never through the mapping: a
-//! source truncated under us is then a short read and not a signal (rule 11), a hole is read without
-//! being allocated, and no reference to bytes that others write ever exists (rule 10). The mapping is
-//! for the kernel, which sends from it and receives into it.
+//! Our own reads of a Region are copies into a small buffer, so that no reference to bytes that others
+//! write ever exists (rule 10). There are two ways. `read` is `pread`: a source truncated under us is a
+//! short read, and a hole is read without being allocated. `read_mapped` copies from the mapping, which
+//! is faster, for memory that is known to be allocated; where it fails, `read` says why (rule 11).
 
 mod mapping;
 
@@ -280,6 +280,40 @@ impl Region {
         }
     }
 
+    /// As [`read`](Self::read), through the mapping, which is several times faster. A hole in `range`
+    /// may become allocated by it: for pages of which [`is_mapped`](Self::is_mapped) has just said yes,
+    /// and for a destination's that hold payload.
+    pub fn read_mapped<'b>(
+        &self,
+        range: PageRange,
+        buffer: &'b mut [u8],
+    ) -> Result<&'b [u8], RegionError> {
+        let span = self.span(range);
+        if sys::copy::copy(&span, buffer) {
+            return Ok(&buffer[..span.len()]);
+        }
+        // A page is not there any more, or cannot be read: the system call says which.
+        self.read(range, buffer)
+    }
+
+    /// Whether all of `range` is in our page tables: then it is no hole, and reading it through the mapping
+    /// is neither a fault nor an allocation. Touches nothing.
+    #[must_use]
+    pub fn is_mapped(&self, range: PageRange) -> bool {
+        let span = self.span(range);
+        sys::pagemap::are_present(sys::pagemap::AddressRange {
+            start: span.base().addr() as u64,
+            len: span.len() as u64,
+        })
+    }
+
+    /// Enters `range` into the page tables at once, instead of a fault for every page when it is sent or
+    /// placed; and allocates what is a hole of it. Best effort.
+    pub fn populate(&self, range: PageRange) {
+        // Whoever touches the pages meets the same error, and knows what it means.
+        let _ = sys::file::populate(&self.span(range), self.mapping.access());
+    }
+
     /// That the file still has the length it had when the Region was made.
     pub fn check_length(&self) -> Result<(), RegionError> {
         let found = self
@@ -416,15 +450,43 @@ mod tests {
     #[test]
     fn a_truncated_source_is_an_error_that_names_it() {
         let file = memfd(8 * PAGE_BYTES);
+        file.write_all_at(&[7; 8 * 4096], 0).unwrap();
         let region = region(&file);
+        let mut buffer = vec![0; 8 * 4096];
+        region.read_mapped(all(&region), &mut buffer).unwrap();
         file.set_len(PAGE_BYTES).unwrap();
-        let error = region
-            .read(all(&region), &mut vec![0; 8 * 4096])
-            .unwrap_err();
-        assert_eq!(error.code(), "region-resized");
+        for read in [Region::read, Region::read_mapped] {
+            let error = read(&region, all(&region), &mut buffer).unwrap_err();
+            assert_eq!(error.code(), "region-resized");
+            let text = error.to_string();
+            assert!(
+                text.contains("had 32768 bytes") && text.contains("4096 now"),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn mapped_means_every_page_and_asking_allocates_nothing() {
+        let file = memfd(2000 * PAGE_BYTES);
+        let data = PageRange {
+            first: 300,
+            count: 1000,
+        };
+        file.write_all_at(&vec![7; 1000 * 4096], data.offset())
+            .unwrap();
+        let region = region(&file);
+        assert!(!region.is_mapped(data));
+        region.populate(data);
+        let mapped = |first, count| region.is_mapped(PageRange { first, count });
+        assert!(region.is_mapped(data) && mapped(301, 998) && mapped(1299, 1));
+        assert!(!mapped(299, 1001) && !mapped(300, 1001) && !mapped(1500, 3));
+        assert_eq!(region.allocated_bytes().unwrap(), 1000 * PAGE_BYTES);
+        let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        fallocate(&file, punch, 700 * 4096, 4096).unwrap();
         assert!(
-            error.to_string().contains("had 32768 bytes") && error.to_string().contains("4096 now"),
-            "{error}"
+            !region.is_mapped(data),
+            "what was punched is not touched again"
         );
     }
 

@@ -28,6 +28,8 @@ const TABLE: &[CommandInfo] = &[
     command("query-regions", false),
     command("migrate", false),
     command("migrate_cancel", true),
+    command("migrate-pause", true),
+    command("migrate-recover", true),
     command("migrate-continue", true),
     command("migrate-resolve", false),
     command("query-migrate", false),
@@ -68,6 +70,13 @@ struct RegionDel {
 #[serde(deny_unknown_fields)]
 struct OfAttempt {
     id: Option<Name>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Recover {
+    id: Option<Name>,
+    uri: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -161,13 +170,7 @@ impl SenderCommands {
         .parse()?;
         let parameters = self.sender.parameters.with_overrides(&parameters);
         let parameters = parameters.map_err(|error| invalid(error.to_string()))?;
-        let endpoint: Endpoint = migrate
-            .uri
-            .parse()
-            .map_err(|error| invalid(format!("Parameter 'uri': {error}")))?;
-        if !endpoint.is_loopback() {
-            tracing::warn!(%endpoint, "memory goes over this connection in the clear");
-        }
+        let endpoint = endpoint(&migrate.uri)?;
         let id = migrate.id.map_or_else(generated_id, Ok)?;
         let final_blob = migrate.final_fdname.map(|name| call.take_fd(&name));
         let final_blob = final_blob.transpose()?;
@@ -214,6 +217,7 @@ impl SenderCommands {
                 journal: Arc::clone(&self.sender.journal),
                 guardian: Arc::clone(&self.sender.guardian),
                 boot_id: self.sender.boot_id.clone(),
+                identity: self.sender.identity.clone(),
             };
             (attempt, claim, order)
         };
@@ -269,6 +273,35 @@ impl SenderCommands {
             );
             Err(CommandError::new("too-late", text))
         }
+    }
+
+    /// The transfer that is named, or the latest; there has to be one.
+    fn known(&self, id: Option<&Name>) -> Result<Arc<Attempt>, CommandError> {
+        self.sender.attempt(id).ok_or_else(|| match id {
+            Some(id) => no_such(id),
+            None => CommandError::new("no-such-transfer", "There was no transfer yet"),
+        })
+    }
+
+    fn pause(&self, id: Option<&Name>) -> Result<Value, CommandError> {
+        let attempt = self.known(id)?;
+        if attempt.request_pause() {
+            return Ok(json!({}));
+        }
+        let (id, status) = (&attempt.id, attempt.status().as_str());
+        let text = format!("'{id}' cannot be paused: it is {status}");
+        Err(CommandError::new("not-active", text))
+    }
+
+    fn recover(&self, recover: Recover) -> Result<Value, CommandError> {
+        let attempt = self.known(recover.id.as_ref())?;
+        let endpoint = recover.uri.as_deref().map(endpoint).transpose()?;
+        if attempt.request_recover(endpoint) {
+            return Ok(json!({}));
+        }
+        let (id, status) = (&attempt.id, attempt.status().as_str());
+        let text = format!("'{id}' does not wait to go on: it is {status}");
+        Err(CommandError::new("not-paused", text))
     }
 
     /// A client answers what it was asked by the event of this state.
@@ -348,6 +381,8 @@ impl Commands for SenderCommands {
             }
             "migrate" => self.migrate(call).await,
             "migrate_cancel" => self.cancel(call.parse::<OfAttempt>()?.id.as_ref()),
+            "migrate-pause" => self.pause(call.parse::<OfAttempt>()?.id.as_ref()),
+            "migrate-recover" => self.recover(call.parse()?),
             "migrate-continue" => self.go_on(&call),
             "migrate-resolve" => self.resolve(&call.parse()?),
             "query-migrate" => self.query_migrate(call.parse::<OfAttempt>()?.id.as_ref()),
@@ -372,6 +407,16 @@ impl Commands for SenderCommands {
 
 fn invalid(desc: impl Into<String>) -> CommandError {
     CommandError::new(code::INVALID_ARGUMENT, desc)
+}
+
+fn endpoint(uri: &str) -> Result<Endpoint, CommandError> {
+    let endpoint: Endpoint = uri
+        .parse()
+        .map_err(|error| invalid(format!("Parameter 'uri': {error}")))?;
+    if !endpoint.is_loopback() {
+        tracing::warn!(%endpoint, "memory goes over this connection in the clear");
+    }
+    Ok(endpoint)
 }
 
 fn no_such(id: &Name) -> CommandError {

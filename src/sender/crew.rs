@@ -1,4 +1,4 @@
-//! The streams of one attempt: a thread each, and the one place where they meet the control plane.
+//! The streams of one epoch: a thread each, and the one place where they meet the control plane.
 
 use std::io;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::channel::{self, Engine, Opened, Patience, SocketChannel};
 use crate::config::{CpuList, ZeroCopyMode};
@@ -16,22 +17,31 @@ use crate::dirty::Tracker;
 use crate::iteration::Plan;
 use crate::peer::{self, Connection};
 use crate::stats::StreamStats;
-use crate::stream::{Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, Tell};
+use crate::stream::{InFlight, Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, Tell};
 use crate::sys::wake::Wake;
 
 use super::error::TransferError;
 
+/// What a stream's thread leaves: packets without an acknowledgement, once all memory is back.
+type Left = io::Result<Vec<InFlight>>;
+
+/// What all of them leave, by the number of their stream.
+type Ended = io::Result<Vec<(u16, Vec<InFlight>)>>;
+
 /// A stream's thread, and the queue that holds its next job.
 #[derive(Debug)]
 struct Member {
+    stream: u16,
     jobs: jobs::SyncSender<Job>,
-    thread: thread::JoinHandle<()>,
+    thread: thread::JoinHandle<Left>,
 }
 
-/// All streams of an attempt.
+/// All streams of an epoch.
 #[derive(Debug)]
 pub(super) struct Crew {
     members: Vec<Member>,
+    /// Waits for the threads. Kept, so that whoever stops waiting for it can come back.
+    ending: Option<JoinHandle<Ended>>,
     reports: mpsc::UnboundedReceiver<Result<Report, StreamError>>,
     report: mpsc::UnboundedSender<Result<Report, StreamError>>,
     wake: Wake,
@@ -40,28 +50,38 @@ pub(super) struct Crew {
 }
 
 impl Crew {
-    pub(super) fn new(wake: Wake, cpus: Option<CpuSet>) -> Self {
+    /// No stream yet; all of them will run on these CPUs, or on any.
+    pub(super) fn new(cpus: Option<CpuSet>) -> io::Result<Self> {
         let (report, reports) = mpsc::unbounded_channel();
-        Self {
+        Ok(Self {
             members: Vec::new(),
+            ending: None,
             reports,
             report,
-            wake,
+            wake: Wake::new()?,
             cpus,
-        }
+        })
     }
 
-    /// Starts a stream on a connection whose preamble was answered.
-    pub(super) fn start(
-        &mut self,
+    /// One for the next epoch, without a stream yet.
+    pub(super) fn successor(&self) -> io::Result<Self> {
+        Self::new(self.cpus)
+    }
+
+    /// Ends every wait of its streams.
+    pub(super) fn wake(&self) -> Wake {
+        self.wake.clone()
+    }
+
+    /// Opens the way that `mode` asks for on a connection whose preamble was answered. The memory that
+    /// may be locked is shared by `streams`.
+    pub(super) fn open(
+        &self,
         connection: Connection,
-        setup: StreamSetup,
+        setup: &StreamSetup,
         mode: ZeroCopyMode,
         streams: u16,
-        stats: Arc<StreamStats>,
-        tell: Tell,
-    ) -> io::Result<()> {
-        let index = u16::try_from(self.members.len()).expect("streams are limited to 256");
+    ) -> io::Result<Opened> {
         let patience = Patience {
             stall_timeout: setup.stall_timeout,
             wake: self.wake.clone(),
@@ -74,23 +94,32 @@ impl Crew {
             ZeroCopyMode::IoUring => Some(Some(Engine::IoUring)),
             ZeroCopyMode::IoUringFixed => Some(Some(Engine::IoUringFixed)),
         };
-        let opened = match wanted {
-            None => Opened {
+        let Some(wanted) = wanted else {
+            return Ok(Opened {
                 channel: Box::new(SocketChannel::new(fd, patience, false)?),
                 engine: None,
                 note: String::new(),
-            },
-            Some(wanted) => {
-                // What is never sent from a registration is not registered either.
-                let regions = setup
-                    .regions
-                    .iter()
-                    .filter(|(_, tracker)| setup.integrity || matches!(tracker, Tracker::None));
-                let regions = regions.map(|(region, _)| Arc::clone(region));
-                let share = channel::share(channel::memlock_limit(), streams);
-                channel::open(fd, patience, wanted, regions.collect(), share)?
-            }
+            });
         };
+        // What is never sent from a registration is not registered either.
+        let regions = setup
+            .regions
+            .iter()
+            .filter(|(_, tracker)| setup.integrity || matches!(tracker, Tracker::None));
+        let regions = regions.map(|(region, _)| Arc::clone(region));
+        let share = channel::share(channel::memlock_limit(), streams);
+        channel::open(fd, patience, wanted, regions.collect(), share)
+    }
+
+    /// Starts stream `index`.
+    pub(super) fn start(
+        &mut self,
+        index: u16,
+        opened: Opened,
+        setup: StreamSetup,
+        stats: Arc<StreamStats>,
+        tell: Tell,
+    ) -> io::Result<()> {
         let stream = OutgoingStream::new(index, opened, setup, stats, tell);
         // One job is under way or waiting; the barrier between Iterations lets there be no second.
         let (jobs, next) = jobs::sync_channel(1);
@@ -103,9 +132,13 @@ impl Crew {
                 if let Some(Err(error)) = cpus.map(|cpus| sched_setaffinity(THIS_THREAD, &cpus)) {
                     tracing::warn!(%error, "a stream runs on any CPU: its affinity could not be set");
                 }
-                work(stream, &next, &report);
+                work(stream, &next, &report)
             })?;
-        self.members.push(Member { jobs, thread });
+        self.members.push(Member {
+            stream: index,
+            jobs,
+            thread,
+        });
         Ok(())
     }
 
@@ -116,13 +149,14 @@ impl Crew {
             let _ = member.jobs.send(Job {
                 plan: Arc::clone(plan),
                 pass,
+                streams: self.len(),
             });
         }
     }
 
     /// How many reports there are to be heard after `begin`.
-    pub(super) fn len(&self) -> usize {
-        self.members.len()
+    pub(super) fn len(&self) -> u16 {
+        u16::try_from(self.members.len()).expect("streams are limited to 256")
     }
 
     /// The next report of a stream. Dropping the future loses nothing.
@@ -131,32 +165,43 @@ impl Crew {
         self.reports.recv().await.unwrap_or(Err(StreamError::Ended))
     }
 
-    /// Ends the streams in an orderly way: nothing is queued or lent after a barrier.
-    pub(super) async fn finish(self) {
-        let threads: Vec<_> = self
-            .members
-            .into_iter()
-            .map(|member| member.thread)
-            .collect();
-        join(threads).await;
+    /// Ends the streams in an orderly way, if nothing is queued or lent, as after a barrier. Gives the
+    /// packets that were not acknowledged, by stream; `Err`: some memory that was lent did not come back.
+    pub(super) async fn finish(&mut self) -> Ended {
+        let members = std::mem::take(&mut self.members);
+        let ending = self
+            .ending
+            .get_or_insert_with(|| spawn_blocking(move || join(members)));
+        let ended = ending.await;
+        self.ending = None;
+        ended?
     }
 
-    /// Ends the streams now. When this returns, what was lent is back, or kept mapped for good.
-    pub(super) async fn abandon(self) {
+    /// Ends the streams now, and waits until what was lent is back, or kept mapped for good.
+    pub(super) async fn abandon(&mut self) -> Ended {
         self.wake.wake();
-        self.finish().await;
+        self.finish().await
     }
 }
 
-async fn join(threads: Vec<thread::JoinHandle<()>>) {
-    let join = move || {
-        for thread in threads {
-            if thread.join().is_err() {
-                tracing::error!("a stream's thread panicked");
-            }
-        }
-    };
-    let _ = tokio::task::spawn_blocking(join).await;
+fn join(members: Vec<Member>) -> Ended {
+    // All queues first: a thread ends when its own is gone.
+    let threads: Vec<_> = members
+        .into_iter()
+        .map(|member| (member.stream, member.thread))
+        .collect();
+    let left = threads.into_iter().map(|(stream, thread)| {
+        let left = thread.join();
+        (
+            stream,
+            left.unwrap_or_else(|_| Err(io::Error::other("a stream's thread panicked"))),
+        )
+    });
+    // Every thread is waited for, whatever the first error is.
+    let left: Vec<(u16, Left)> = left.collect();
+    left.into_iter()
+        .map(|(stream, left)| Ok((stream, left?)))
+        .collect()
 }
 
 /// The CPUs that streams may run on, out of those that we may: `None` if any will do.
@@ -192,19 +237,18 @@ fn work(
     mut stream: OutgoingStream,
     jobs: &jobs::Receiver<Job>,
     report: &mpsc::UnboundedSender<Result<Report, StreamError>>,
-) {
+) -> Left {
     while let Ok(job) = jobs.recv() {
         let result = stream.run(&job);
         let failed = result.is_err();
         // The attempt may be over, and then nobody wants to know.
         let _ = report.send(result);
         if failed {
-            if let Err(error) = stream.abandon() {
-                tracing::warn!(%error, "a stream could not be reset");
-            }
-            return;
+            break;
         }
     }
+    // Between two jobs nothing is queued or lent; then this only hangs up.
+    stream.abandon()
 }
 
 /// How long the reason for a stream's failure may take to arrive on the conversation.

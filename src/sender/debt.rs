@@ -1,8 +1,8 @@
 //! What the receiver of an attempt does not have for certain (rule 3).
 //!
-//! Dirty bits are a debt: what trackers report is added, what an Iteration carried intact is paid, and
-//! what arrived torn stays. Everything here that walks memory or asks the kernel does so on a thread
-//! of its own, away from the control plane.
+//! Dirty bits are a debt: what trackers report is added, what the receiver has applied intact is paid,
+//! by the streams as acknowledgements come and here when an attempt is resumed. Everything that walks
+//! memory or asks the kernel does so on a thread of its own, away from the control plane.
 
 use std::sync::Arc;
 
@@ -11,8 +11,9 @@ use tokio::task::spawn_blocking;
 use crate::dirty::{Tracker, TrackerError};
 use crate::iteration::{Plan, Run};
 use crate::limits::PAGE_BYTES;
-use crate::pages::{PageRange, PageSet};
+use crate::pages::PageSet;
 use crate::region::{Region, RegionError};
+use crate::stream::Owed;
 
 use super::error::TransferError;
 
@@ -23,17 +24,15 @@ pub(super) type Source = (Arc<Region>, Tracker);
 #[derive(Debug)]
 pub(super) struct Debt {
     sources: Arc<[Source]>,
-    owed: Vec<PageSet>,
+    owed: Arc<Owed>,
 }
 
 impl Debt {
     /// Everything is owed.
     pub(super) fn of_all(sources: Arc<[Source]>) -> Self {
-        let owed = sources
-            .iter()
-            .map(|(region, _)| PageSet::full(region.pages()));
+        let pages = sources.iter().map(|(region, _)| region.pages());
         Self {
-            owed: owed.collect(),
+            owed: Arc::new(Owed::all_of(pages)),
             sources,
         }
     }
@@ -43,9 +42,14 @@ impl Debt {
         &self.sources
     }
 
+    /// The account that streams share.
+    pub(super) fn owed(&self) -> &Arc<Owed> {
+        &self.owed
+    }
+
     /// Pages owed, over all Regions.
     pub(super) fn pages(&self) -> u64 {
-        self.owed.iter().map(PageSet::count).sum()
+        self.owed.count()
     }
 
     /// Bytes owed; a Region's last page counts in full.
@@ -67,13 +71,13 @@ impl Debt {
     }
 
     /// Adds what was written since the last time; gives how many pages that were.
-    pub(super) async fn harvest(&mut self) -> Result<u64, TransferError> {
+    pub(super) async fn harvest(&self) -> Result<u64, TransferError> {
         self.ask(|region, tracker, owed| tracker.harvest(region, owed))
             .await
     }
 
     /// The same for writers that stand still; and what trackers are blind to and can be seen now.
-    pub(super) async fn harvest_frozen(&mut self) -> Result<u64, TransferError> {
+    pub(super) async fn harvest_frozen(&self) -> Result<u64, TransferError> {
         let ask = |region: &Region, tracker: &Tracker, owed: &mut PageSet| {
             let pages = tracker.harvest(region, owed)?;
             tracker.look_again(region, owed)?;
@@ -83,35 +87,33 @@ impl Debt {
     }
 
     async fn ask(
-        &mut self,
+        &self,
         ask: impl Fn(&Region, &Tracker, &mut PageSet) -> Result<u64, TrackerError> + Send + 'static,
     ) -> Result<u64, TransferError> {
-        let (sources, mut owed) = (Arc::clone(&self.sources), std::mem::take(&mut self.owed));
+        let (sources, owed) = (Arc::clone(&self.sources), Arc::clone(&self.owed));
         let all = move || {
             let mut pages = 0;
-            for ((region, tracker), owed) in sources.iter().zip(&mut owed) {
-                pages += ask(region, tracker, owed)?;
+            for (index, (region, tracker)) in (0..).zip(&*sources) {
+                pages += ask(region, tracker, &mut owed.of(index))?;
             }
-            Ok::<_, TrackerError>((pages, owed))
+            Ok::<_, TrackerError>(pages)
         };
         let asked = spawn_blocking(all).await;
-        let (pages, owed) =
-            asked.map_err(|error| TransferError::local("ask the trackers")(error.into()))??;
-        self.owed = owed;
-        Ok(pages)
+        Ok(asked.map_err(|error| TransferError::local("ask the trackers")(error.into()))??)
     }
 
-    /// What an Iteration has to look at to pay the debt.
+    /// What an Iteration has to look at to pay the debt. `first`: no Iteration has carried all yet.
     pub(super) async fn plan(
         &self,
         iteration: u32,
+        first: bool,
         packet_size: u64,
     ) -> Result<Arc<Plan>, TransferError> {
-        let (sources, owed) = (Arc::clone(&self.sources), self.owed.clone());
+        let (sources, owed) = (Arc::clone(&self.sources), Arc::clone(&self.owed));
         let plan = spawn_blocking(move || {
             let mut runs: Vec<Run> = Vec::new();
-            for ((index, (region, tracker)), owed) in (0..).zip(&*sources).zip(&owed) {
-                tracker.plan(index, region, owed, iteration == 1, &mut runs)?;
+            for (index, (region, tracker)) in (0..).zip(&*sources) {
+                tracker.plan(index, region, &owed.of(index), first, &mut runs)?;
             }
             Ok::<_, RegionError>(Plan::new(iteration, packet_size, runs))
         });
@@ -119,18 +121,6 @@ impl Debt {
             .await
             .map_err(|error| TransferError::local("plan an iteration")(error.into()))?;
         Ok(Arc::new(plan?))
-    }
-
-    /// An Iteration has carried everything; what arrived `torn` is all that is still owed.
-    pub(super) fn paid_except<'t>(&mut self, torn: impl Iterator<Item = &'t (u32, PageRange)>) {
-        let nothing = self
-            .sources
-            .iter()
-            .map(|(region, _)| PageSet::empty(region.pages()));
-        self.owed = nothing.collect();
-        for &(region, range) in torn {
-            self.owed[region as usize].insert(range);
-        }
     }
 
     /// The attempt has failed: what trackers reported for it is dirty again.

@@ -1,6 +1,7 @@
 //! Why a transfer failed, as the operator is told.
 
 use std::io;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -22,6 +23,14 @@ pub(super) enum TransferError {
     Refused { code: String, desc: String },
     #[error(transparent)]
     Peer(#[from] PeerError),
+    #[error("{desc}")]
+    Interrupted { code: String, desc: String },
+    #[error("{cause}; not recovered within {seconds} s (recover-timeout){last}")]
+    NotRecovered {
+        cause: Box<TransferError>,
+        seconds: f32,
+        last: String,
+    },
     #[error(transparent)]
     Stream(#[from] StreamError),
     #[error(transparent)]
@@ -90,7 +99,8 @@ impl TransferError {
     pub(super) fn code(&self) -> &str {
         match self {
             Self::Cancelled => "cancelled",
-            Self::Refused { code, .. } => code,
+            Self::Refused { code, .. } | Self::Interrupted { code, .. } => code,
+            Self::NotRecovered { cause, .. } => cause.code(),
             Self::Peer(error) => error.code(),
             Self::Stream(error) => error.code(),
             Self::Region(error) => error.code(),
@@ -115,6 +125,25 @@ impl TransferError {
     /// For `map_err`: what was tried.
     pub(super) fn local(doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Local { doing, source }
+    }
+
+    /// Whether only connections were lost: the attempt can go on over others.
+    pub(super) fn is_interruption(&self) -> bool {
+        match self {
+            Self::Interrupted { .. } => true,
+            Self::Peer(error) => error.is_loss(),
+            Self::Stream(error) => error.is_loss(),
+            _ => false,
+        }
+    }
+
+    /// `cause` was not got over; `last` is what the last try met.
+    pub(super) fn not_recovered(cause: Self, limit: Duration, last: Option<Self>) -> Self {
+        Self::NotRecovered {
+            cause: Box::new(cause),
+            seconds: limit.as_secs_f32(),
+            last: last.map_or_else(String::new, |error| format!(": {error}")),
+        }
     }
 
     /// As `query-migrate` shows it.

@@ -11,7 +11,9 @@ mod commands;
 mod crew;
 mod debt;
 mod error;
+mod hold;
 mod moved;
+mod populate;
 mod registry;
 mod resolve;
 mod standstill;
@@ -55,6 +57,8 @@ struct Sender {
     journal: Arc<Journal>,
     guardian: Arc<Mutex<Guardian>>,
     boot_id: BootId,
+    /// What receivers know this daemon by: its boot and its journal.
+    identity: BootId,
     events: EventBus,
     history: Arc<History>,
     state: Mutex<State>,
@@ -251,6 +255,9 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
     let sender = Arc::new(Sender {
         guardian: Arc::new(Mutex::new(guardian)),
         parameters: config.transfer,
+        identity: journal.boot_id().map_err(DaemonError::setup(
+            "read the boot id and the journal's identity",
+        ))?,
         journal: Arc::new(journal),
         boot_id,
         events: EventBus::new(),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
@@ -17,6 +18,7 @@ use crate::region::Region;
 
 use super::clients::Registrant;
 use super::moved::Moved;
+use super::populate::{Populated, Populator};
 
 /// A Region as it was added.
 #[derive(Debug, Clone)]
@@ -27,6 +29,7 @@ pub(super) struct Registered {
     tracker: TrackerConfig,
     pub(super) freeze: FreezeConfig,
     pub(super) freezer: Freezer,
+    populated: Populated,
     /// Who is asked with freeze `client`.
     pub(super) client: Option<Registrant>,
     hold: Hold,
@@ -136,6 +139,7 @@ fn freezer(freeze: &FreezeConfig) -> Result<Freezer, FreezeError> {
 #[derive(Debug)]
 pub(super) struct Registry {
     regions: BTreeMap<Name, Registered>,
+    populator: Populator,
     claims: u64,
     /// What was handed over, also by earlier runs of the daemon.
     moved: Moved,
@@ -145,6 +149,7 @@ impl Registry {
     /// No Regions yet.
     pub(super) fn new(moved: Moved) -> Self {
         Self {
+            populator: Populator::default(),
             regions: BTreeMap::new(),
             claims: 0,
             moved,
@@ -192,9 +197,11 @@ impl Registry {
         };
         let freezer =
             freezer(&freeze).map_err(|error| CommandError::new(error.code(), error.to_string()))?;
+        let region = Arc::new(region);
         let moved = self.moved.find(&region);
         let registered = Registered {
-            region: Arc::new(region),
+            populated: self.populator.add(&region),
+            region,
             tracking,
             tracker,
             freeze,
@@ -348,6 +355,7 @@ impl Registry {
                 "name": name,
                 "size": region.bytes(),
                 "allocated": region.allocated_bytes().unwrap_or(0),
+                "populated": registered.populated.load(Ordering::Relaxed),
                 "page-size": region.page_size(),
                 "path": region.origin(),
                 "tracker": registered.tracker,

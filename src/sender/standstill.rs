@@ -25,7 +25,10 @@ pub(super) struct Standstill {
     /// Whether clients were asked to stop, and have not been told to go on.
     asked: bool,
     freezing: Option<JoinHandle<Result<Frozen, FreezeError>>>,
+    thawing: Option<JoinHandle<()>>,
     frozen: Frozen,
+    /// The writers were seen to stand still, and not let go since.
+    stands: bool,
     since: Instant,
 }
 
@@ -43,9 +46,16 @@ impl Standstill {
             guardian,
             asked: false,
             freezing: None,
+            thawing: None,
             frozen,
+            stands: false,
             since,
         }
+    }
+
+    /// Whether the writers stand still.
+    pub(super) fn is_frozen(&self) -> bool {
+        self.stands
     }
 
     fn guardian(&self) -> MutexGuard<'_, Guardian> {
@@ -84,6 +94,7 @@ impl Standstill {
             self.frozen =
                 frozen.map_err(|error| TransferError::local("freeze")(error.into()))??;
         }
+        self.stands = true;
         attempt.enter(Status::Device);
         Ok(())
     }
@@ -132,11 +143,16 @@ impl Standstill {
     }
 
     /// Lets the writers go on.
-    pub(super) async fn thaw(mut self) {
+    pub(super) async fn thaw(&mut self) {
+        self.stands = false;
         self.release_clients();
         let frozen = std::mem::take(&mut self.frozen);
-        // It may have to wait for a command.
-        let _ = spawn_blocking(move || drop(frozen)).await;
+        // It may have to wait for a command; kept, so that a cancel that comes just now waits for it too.
+        let thawing = self
+            .thawing
+            .get_or_insert_with(|| spawn_blocking(move || drop(frozen)));
+        let _ = thawing.await;
+        self.thawing = None;
         if let Some(freezing) = self.freezing.take() {
             drop(freezing.await);
         }

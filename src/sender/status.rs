@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::TransferParameters;
 use crate::control::{ClientId, EventBus};
+use crate::endpoint::Endpoint;
 use crate::history::History;
 use crate::limits::PAGE_BYTES;
 use crate::name::Name;
@@ -18,6 +19,7 @@ use crate::stream::{Fallback, Tell};
 use crate::wire::Owner;
 
 use super::clients::{Clients, Said};
+use super::hold::Hold;
 
 /// Payload in one Iteration that is enough to judge a rate by.
 const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
@@ -27,6 +29,8 @@ const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
 pub(super) enum Status {
     Setup,
     Active,
+    Paused,
+    Recover,
     PreSwitchover,
     Device,
     Completing,
@@ -42,6 +46,8 @@ impl Status {
         match self {
             Self::Setup => "setup",
             Self::Active => "active",
+            Self::Paused => "paused",
+            Self::Recover => "recover",
             Self::PreSwitchover => "pre-switchover",
             Self::Device => "device",
             Self::Completing => "completing",
@@ -98,6 +104,13 @@ struct State {
     status: Status,
     /// The commit was recorded: there is no way back by cancelling.
     commit_sent: bool,
+    /// The writers are being stopped, or stand still.
+    freezing: bool,
+    /// How often all connections were lost, and why the last time.
+    interruptions: u64,
+    interruption: Option<Value>,
+    /// Streams that are open, once they were opened.
+    streams_open: u16,
     ended: Option<Instant>,
     setup_time: Option<Duration>,
     expected_downtime: Option<Duration>,
@@ -120,6 +133,8 @@ pub(super) struct Attempt {
     pub(super) streams: Vec<Arc<StreamStats>>,
     pub(super) cancel: CancellationToken,
     pub(super) started: Instant,
+    /// Whether the operator wants it to stand still.
+    pub(super) hold: Hold,
     /// What the operator says about who owns the Regions.
     decision: watch::Sender<Option<Owner>>,
     events: EventBus,
@@ -141,15 +156,17 @@ impl Attempt {
         history: Arc<History>,
         clients: Clients,
     ) -> Arc<Self> {
+        let streams = parameters.streams;
         let attempt = Self {
             id,
             regions,
             total_bytes,
             streams: std::iter::repeat_with(Arc::default)
-                .take(parameters.streams.into())
+                .take(streams.into())
                 .collect(),
             parameters,
             cancel: CancellationToken::new(),
+            hold: Hold::new(),
             started: Instant::now(),
             decision: watch::Sender::new(None),
             events,
@@ -159,6 +176,10 @@ impl Attempt {
             state: Mutex::new(State {
                 status: Status::Setup,
                 commit_sent: false,
+                freezing: false,
+                interruptions: 0,
+                interruption: None,
+                streams_open: streams,
                 ended: None,
                 setup_time: None,
                 expected_downtime: None,
@@ -215,7 +236,9 @@ impl Attempt {
             }
             state.status = status;
             if status == Status::Active {
-                state.setup_time = Some(self.started.elapsed());
+                state
+                    .setup_time
+                    .get_or_insert_with(|| self.started.elapsed());
             }
             if status.is_final() {
                 state.ended = Some(Instant::now());
@@ -264,6 +287,69 @@ impl Attempt {
         }
         self.announce(Status::Cancelling);
         true
+    }
+
+    /// All connections are lost, for this reason.
+    pub(super) fn interrupted(&self, error: &super::error::TransferError) {
+        tracing::warn!(id = %self.id, code = error.code(), %error, "interrupted");
+        {
+            let mut state = self.lock();
+            state.interruptions += 1;
+            state.interruption = Some(error.to_json());
+        }
+        self.enter(Status::Paused);
+    }
+
+    /// So many streams are open now; fewer or more than before is news.
+    pub(super) fn streams_opened(&self, streams: u16) {
+        let before = std::mem::replace(&mut self.lock().streams_open, streams);
+        if streams != before {
+            let asked = self.parameters.streams;
+            let data = json!({"id": self.id, "streams": streams, "requested": asked});
+            self.events.publish("STREAM_CHANGED", data);
+        }
+    }
+
+    /// Bytes that were acknowledged as in place and intact, those that came again included.
+    pub(super) fn applied_bytes(&self) -> u64 {
+        let settled = self.sum(|s| s.settled_bytes.get());
+        settled.saturating_sub(self.sum(|s| s.torn_pages.get()) * PAGE_BYTES)
+    }
+
+    /// The operator wants a pause; `false` if it is no time for that.
+    pub(super) fn request_pause(&self) -> bool {
+        let state = self.lock();
+        let possible = match state.status {
+            Status::Setup | Status::Active | Status::Paused | Status::Recover => !state.freezing,
+            _ => false,
+        };
+        if possible {
+            self.hold.set();
+        }
+        possible
+    }
+
+    /// The operator wants to go on, at another address maybe; `false` if it does not stand still.
+    pub(super) fn request_recover(&self, endpoint: Option<Endpoint>) -> bool {
+        let state = self.lock();
+        let held = self.hold.release();
+        let stands = matches!(state.status, Status::Paused | Status::Recover);
+        if held || stands {
+            self.hold.go_on(endpoint);
+        }
+        held || stands
+    }
+
+    /// The writers are about to be stopped; `false` if a pause was wanted first. One lock decides which.
+    pub(super) fn begin_freeze(&self) -> bool {
+        let mut state = self.lock();
+        state.freezing = !self.hold.is_set();
+        state.freezing
+    }
+
+    /// The writers go on.
+    pub(super) fn thawed(&self) {
+        self.lock().freezing = false;
     }
 
     /// The operator says who owns the Regions; `false` if that is no question now.
@@ -376,7 +462,7 @@ impl Attempt {
         let transferred = self.sum(|s| s.transferred.get());
         // What this pass has settled so far is no longer to be sent.
         let remaining = match (state.iterations.len(), state.status) {
-            (0, Status::Setup | Status::Active) => self
+            (0, Status::Setup | Status::Active | Status::Paused | Status::Recover) => self
                 .total_bytes
                 .saturating_sub(self.sum(|s| s.settled_bytes.get())),
             _ => state.remaining_bytes,
@@ -402,9 +488,14 @@ impl Attempt {
                 "dirty-sync-missed-zero-copy": self.sum(|s| s.missed_zero_copy.get()),
             },
             "zero-copy": self.zero_copy(),
+            "streams": state.streams_open,
+            "recoveries": state.interruptions,
             "iterations": state.iterations.iter().map(row).collect::<Vec<_>>(),
             "parameters": self.parameters.to_json(),
         });
+        if let Some(interruption) = &state.interruption {
+            shown["interruption"] = interruption.clone();
+        }
         if let Some(time) = state.setup_time {
             shown["setup-time"] = ms(time);
         }

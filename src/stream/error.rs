@@ -56,6 +56,16 @@ pub enum StreamError {
 }
 
 impl StreamError {
+    /// Whether the connection is to blame, and another one may do better.
+    #[must_use]
+    pub fn is_loss(&self) -> bool {
+        match self {
+            Self::Lost { .. } | Self::Stalled { .. } => true,
+            Self::Wire { source, .. } => matches!(source, WireError::Damaged { .. }),
+            _ => false,
+        }
+    }
+
     /// The stable code under which this error is reported.
     #[must_use]
     pub fn code(&self) -> &'static str {

@@ -133,6 +133,11 @@ impl<D: Destination> IncomingStream<D> {
 
         let mut spans = Vec::with_capacity(self.table.extents.len());
         for range in self.table.data() {
+            // What comes for the first time would fault page by page. Only what has payload: a hole of
+            // the source stays one.
+            if !incoming.was_written(range) {
+                region.populate(range);
+            }
             incoming.placing(range);
             spans.push(region.span_mut(range));
         }
@@ -184,7 +189,7 @@ impl<D: Destination> IncomingStream<D> {
             let expected = checksums
                 .next()
                 .expect("the table was checked to have one per block");
-            if crc32c(region.read(block, &mut self.buffer)?) == *expected {
+            if crc32c(region.read_mapped(block, &mut self.buffer)?) == *expected {
                 incoming.intact(block);
             } else {
                 self.torn.push(block);
@@ -194,6 +199,8 @@ impl<D: Destination> IncomingStream<D> {
     }
 
     fn acknowledge(&mut self, sequence: u64, iteration: u32) -> Result<(), StreamError> {
+        // Whether or not the sender gets to hear it.
+        self.assembly.applied(self.index, sequence);
         let ack = Ack {
             epoch: self.assembly.epoch(),
             sequence,

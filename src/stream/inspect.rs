@@ -58,8 +58,14 @@ impl Inspector {
                 self.table.push(range, ExtentKind::Hole);
                 continue;
             }
+            // What is a hole by now is not filled again by looking at it.
+            let read = if region.is_mapped(range) {
+                Region::read_mapped
+            } else {
+                Region::read
+            };
             for block in blocks(range) {
-                let bytes = region.read(block, &mut self.buffer)?;
+                let bytes = read(region, block, &mut self.buffer)?;
                 self.read_bytes += bytes.len() as u64;
                 add_block(
                     &mut self.table,

@@ -12,6 +12,7 @@ mod incoming;
 mod inspect;
 mod lending;
 mod outgoing;
+mod owed;
 mod pace;
 mod window;
 
@@ -19,4 +20,5 @@ pub use error::StreamError;
 pub use incoming::{Destination, IncomingSetup, IncomingStream};
 pub use lending::{Fallback, Tell};
 pub use outgoing::{Job, OutgoingStream, Pass, Report, StreamSetup};
+pub use owed::{InFlight, Owed};
 pub use pace::Pace;

@@ -18,6 +18,7 @@ use crate::wire::{
 use super::StreamError;
 use super::inspect::Inspector;
 use super::lending::{Change, Fallback, Lending, Tell};
+use super::owed::{InFlight, Owed, merged};
 use super::pace::Pace;
 use super::window::{Unacknowledged, Window};
 
@@ -42,6 +43,8 @@ pub struct Job {
     pub plan: Arc<Plan>,
     /// What for.
     pub pass: Pass,
+    /// Streams that take part in it.
+    pub streams: u16,
 }
 
 /// What a stream says when its part of a job is done: everything it sent is released and applied.
@@ -49,8 +52,6 @@ pub struct Job {
 pub struct Report {
     /// The stream.
     pub stream: u16,
-    /// Runs that arrived torn, by index of their Region; they stay owed.
-    pub torn: Vec<(u32, PageRange)>,
     /// Pages sent, or in a check found changed.
     pub pages: u64,
     /// Payload bytes sent.
@@ -72,6 +73,8 @@ pub struct Report {
 pub struct StreamSetup {
     /// The sources and their trackers, in the order of the offer.
     pub regions: Arc<[(Arc<Region>, Tracker)]>,
+    /// What the receiver does not have. Streams pay it, and add what they find changed.
+    pub owed: Arc<Owed>,
     /// Whether payload carries checksums.
     pub integrity: bool,
     /// Bound on bytes sent but not acknowledged.
@@ -161,28 +164,28 @@ impl OutgoingStream {
                 .inspect(region, tracker.fingerprints(), &self.piece)?;
             report.read_time += started.elapsed();
             report.read_bytes += self.inspector.read_bytes;
-            let pages: u64 = self
-                .inspector
-                .table
-                .extents
-                .iter()
-                .map(|e| e.range.count)
-                .sum();
+            let extents = &self.inspector.table.extents;
+            let pages: u64 = extents.iter().map(|e| e.range.count).sum();
+            if pages > 0 && tracker.fingerprints().is_some() {
+                // The fingerprints know the new content from here on, and the receiver does not.
+                let found = extents.iter().map(|extent| extent.range);
+                self.setup.owed.add(self.piece.region, found);
+            }
             report.pages += pages;
             if pages > 0 && job.pass != Pass::Check {
                 let started = Instant::now();
-                report.payload_bytes += self.send(job, &mut report.torn)?;
+                report.payload_bytes += self.send(job)?;
                 report.send_time += started.elapsed();
             }
         }
         if job.pass != Pass::Check {
             let started = Instant::now();
-            self.send_mark(job.plan.iteration())?;
+            self.send_mark(job.plan.iteration(), job.streams)?;
             let flushing = Instant::now();
             self.flush()?;
             report.flush_time = flushing.elapsed();
             while !self.window.is_empty() {
-                self.read_ack(&mut report.torn)?;
+                self.read_ack()?;
             }
             report.send_time += started.elapsed();
         }
@@ -190,16 +193,26 @@ impl OutgoingStream {
         Ok(report)
     }
 
-    /// Throws away what is queued and collects what is lent, so that the memory can be reused. After
-    /// this the stream is dead. `Err`: some memory did not come back; the channel keeps it mapped.
-    pub fn abandon(mut self) -> std::io::Result<()> {
+    /// Throws away what is queued and collects what is lent, so that the memory can be reused; gives what
+    /// was not acknowledged. After this the stream is dead. `Err`: some memory did not come back; the
+    /// channel keeps it mapped.
+    pub fn abandon(mut self) -> std::io::Result<Vec<InFlight>> {
         self.channel.shutdown(Shutdown::Reset)?;
         // After our own reset a flush speaks about the memory alone.
-        self.channel.flush().map(|_| ())
+        self.channel.flush()?;
+        let in_flight = |packet: Unacknowledged| {
+            let (region, runs) = packet.pages?;
+            Some(InFlight {
+                sequence: packet.sequence,
+                region,
+                runs,
+            })
+        };
+        Ok(self.window.into_packets().filter_map(in_flight).collect())
     }
 
     /// Sends the packet the inspector holds; gives its payload bytes.
-    fn send(&mut self, job: &Job, torn: &mut Vec<(u32, PageRange)>) -> Result<u64, StreamError> {
+    fn send(&mut self, job: &Job) -> Result<u64, StreamError> {
         let iteration = job.plan.iteration();
         let region_index = self.piece.region;
         let region = Arc::clone(&self.setup.regions[region_index as usize].0);
@@ -209,11 +222,7 @@ impl OutgoingStream {
         let payload: u64 = table.data().map(|range| range.bytes(region.bytes())).sum();
         let data_pages: u64 = table.data().map(|range| range.count).sum();
         let pages: u64 = table.extents.iter().map(|extent| extent.range.count).sum();
-        let span = PageRange {
-            first: table.extents[0].range.first,
-            count: table.extents[table.extents.len() - 1].range.end()
-                - table.extents[0].range.first,
-        };
+        let runs = merged(table.extents.iter().map(|extent| extent.range));
         let memory_bytes = table
             .extents
             .iter()
@@ -237,26 +246,25 @@ impl OutgoingStream {
         let wire_bytes = self.frame.len() as u64 + payload;
 
         let blocks = u64::from(checksums);
-        self.wait_for_window(wire_bytes, blocks, torn)?;
+        self.wait_for_window(wire_bytes, blocks)?;
         let wait = self.setup.pace.take(wire_bytes, Instant::now());
         if !wait.is_zero() && self.setup.wake.wait(wait) {
             return Err(StreamError::Ended);
         }
 
         let flags = self.flags(job.pass, region_index);
-        let spans: Vec<Span<'_>> = self
-            .inspector
-            .table
-            .data()
-            .map(|range| region.span(range))
-            .collect();
-        // The header's buffer is used again for the next packet, so it is always copied.
-        let sent = writev_all(
-            &mut *self.channel,
-            &[Span::of_slice(&self.frame)],
-            WriteFlags::NONE,
-        )
-        .and_then(|()| writev_all(&mut *self.channel, &spans, flags));
+        let frame = Span::of_slice(&self.frame);
+        let payload_spans = self.inspector.table.data().map(|range| region.span(range));
+        // The frame's buffer is used again for the next packet, so it is always copied; where all is, it
+        // goes in one call, and wakes the receiver once.
+        let sent = if flags == WriteFlags::NONE {
+            let spans: Vec<_> = std::iter::once(frame).chain(payload_spans).collect();
+            writev_all(&mut *self.channel, &spans, flags)
+        } else {
+            let spans: Vec<_> = payload_spans.collect();
+            writev_all(&mut *self.channel, &[frame], WriteFlags::NONE)
+                .and_then(|()| writev_all(&mut *self.channel, &spans, flags))
+        };
         if let Err(error) = sent {
             // EFAULT is how the kernel says that the file no longer reaches this far.
             region.check_length()?;
@@ -271,7 +279,7 @@ impl OutgoingStream {
         self.window.sent(Unacknowledged {
             sequence: self.totals.packets,
             iteration,
-            pages: Some((region_index, span)),
+            pages: Some((region_index, runs)),
             blocks,
             wire_bytes,
             memory_bytes,
@@ -311,13 +319,14 @@ impl OutgoingStream {
         WriteFlags::ZERO_COPY
     }
 
-    fn send_mark(&mut self, iteration: u32) -> Result<(), StreamError> {
+    fn send_mark(&mut self, iteration: u32, streams: u16) -> Result<(), StreamError> {
         self.totals.packets += 1;
         let mark = MarkHeader {
             epoch: self.setup.epoch,
             iteration,
             sequence: self.totals.packets,
             bytes: self.totals.bytes,
+            streams,
         };
         let bytes = Header::Mark(mark).encode();
         writev_all(
@@ -363,18 +372,13 @@ impl OutgoingStream {
     }
 
     /// Reads the acknowledgements that are there, and waits for more while the window is full.
-    fn wait_for_window(
-        &mut self,
-        bytes: u64,
-        blocks: u64,
-        torn: &mut Vec<(u32, PageRange)>,
-    ) -> Result<(), StreamError> {
+    fn wait_for_window(&mut self, bytes: u64, blocks: u64) -> Result<(), StreamError> {
         while !self.window.is_empty() {
             let full = !self.window.has_room(bytes, blocks);
             if !full && !self.readable(Duration::ZERO)? {
                 return Ok(());
             }
-            self.read_ack(torn)?;
+            self.read_ack()?;
         }
         Ok(())
     }
@@ -387,7 +391,7 @@ impl OutgoingStream {
 
     /// Waits for one acknowledgement. A slow link is not a dead one: as long as the peer's kernel takes
     /// bytes off our queue there is progress.
-    fn read_ack(&mut self, torn: &mut Vec<(u32, PageRange)>) -> Result<(), StreamError> {
+    fn read_ack(&mut self) -> Result<(), StreamError> {
         const WAITING: &str = "the receiver acknowledges nothing";
         let mut queued = self.channel.queued_bytes();
         while !self.readable(self.setup.stall_timeout)? {
@@ -405,10 +409,15 @@ impl OutgoingStream {
             .acknowledged(&ack, self.setup.epoch)
             .map_err(|source| self.wire_error(source))?;
         self.stats.settled_bytes.add(packet.memory_bytes);
-        match packet.pages {
-            Some((region, span)) if ack.torn > 0 => self.read_torn(&ack, region, span, torn),
-            _ => Ok(()),
-        }
+        let Some((region, runs)) = packet.pages else {
+            return Ok(());
+        };
+        let torn = match ack.torn {
+            0 => Vec::new(),
+            _ => self.read_torn(&ack, region, &runs)?,
+        };
+        self.setup.owed.pay(region, &runs, &torn);
+        Ok(())
     }
 
     /// Reads which of a packet's pages arrived torn.
@@ -416,17 +425,17 @@ impl OutgoingStream {
         &mut self,
         ack: &Ack,
         region: u32,
-        span: PageRange,
-        torn: &mut Vec<(u32, PageRange)>,
-    ) -> Result<(), StreamError> {
+        sent: &[PageRange],
+    ) -> Result<Vec<PageRange>, StreamError> {
         let mut table = std::mem::take(&mut self.torn_table);
         self.read(table.buffer(ack))?;
         let pages = self.setup.regions[region as usize].0.pages();
         let runs = table
             .decode(ack, pages)
             .map_err(|source| self.wire_error(source))?;
+        let mut torn = Vec::new();
         for run in runs {
-            if !span.contains(run) {
+            if !sent.iter().any(|sent| sent.contains(run)) {
                 return Err(self.illegal_ack(
                     "torn",
                     run.first,
@@ -434,10 +443,10 @@ impl OutgoingStream {
                 ));
             }
             self.stats.torn_pages.add(run.count);
-            torn.push((region, run));
+            torn.push(run);
         }
         self.torn_table = table;
-        Ok(())
+        Ok(torn)
     }
 
     fn read(&mut self, bytes: &mut [u8]) -> Result<(), StreamError> {

@@ -15,8 +15,8 @@ use crate::wire::{Ack, WireError};
 pub(super) struct Unacknowledged {
     pub(super) sequence: u64,
     pub(super) iteration: u32,
-    /// Its Region and the pages it spans; none for a mark.
-    pub(super) pages: Option<(u32, PageRange)>,
+    /// Its Region, and its pages in ascending order; none for a mark.
+    pub(super) pages: Option<(u32, Vec<PageRange>)>,
     pub(super) blocks: u64,
     pub(super) wire_bytes: u64,
     pub(super) memory_bytes: u64,
@@ -57,6 +57,11 @@ impl Window {
         self.bytes += packet.wire_bytes;
         self.blocks += packet.blocks;
         self.packets.push_back(packet);
+    }
+
+    /// What will not be acknowledged any more, because the connection is gone.
+    pub(super) fn into_packets(self) -> impl Iterator<Item = Unacknowledged> {
+        self.packets.into_iter()
     }
 
     /// The oldest packet, which `ack` must be about.
@@ -106,10 +111,10 @@ mod tests {
     fn packet(sequence: u64, wire_bytes: u64, blocks: u64) -> Unacknowledged {
         let pages = Some((
             0,
-            PageRange {
+            vec![PageRange {
                 first: 0,
                 count: 16,
-            },
+            }],
         ));
         Unacknowledged {
             sequence,

@@ -3,12 +3,13 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::ptr::NonNull;
 
 use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, madvise};
 use nix::unistd::{Whence, lseek64};
 
-use crate::region::Mapping;
+use crate::region::{Access, Mapping, Span};
 
 /// The next byte at or after `offset` that is (`data`) or is not allocated. `None`: there is none
 /// before the end. Moves the descriptor's file position, which nothing of ours uses.
@@ -36,14 +37,20 @@ pub fn advise_huge_pages(mapping: &Mapping) {
     }
 }
 
-/// Has all of a writable mapping allocated and in the page tables. Where that is not possible, as on a
-/// full file system, this is an error; a plain write would be a SIGBUS.
-pub fn populate(mapping: &Mapping) -> io::Result<()> {
-    let Some(base) = mapping.address() else {
+/// Fills the page tables for `span` in one call instead of a fault per page, and allocates what is a
+/// hole of it. An error where that is not possible, as on a full file system, where a plain access would be
+/// a SIGBUS; and before Linux 5.14.
+pub fn populate(span: &Span<'_>, access: Access) -> io::Result<()> {
+    let advice = match access {
+        Access::Read => MmapAdvise::MADV_POPULATE_READ,
+        Access::Write | Access::Pin => MmapAdvise::MADV_POPULATE_WRITE,
+    };
+    let Some(base) = NonNull::new(span.base().cast_mut().cast()).filter(|_| !span.is_empty())
+    else {
         return Ok(());
     };
-    // SAFETY: the range is exactly the mapping's own, alive while it is borrowed. Every page is touched
-    // as by a write of what it holds already, which changes no content.
-    unsafe { madvise(base, mapping.len(), MmapAdvise::MADV_POPULATE_WRITE) }?;
+    // SAFETY: whoever made the span established that its addresses stay mapped while it is borrowed, and
+    // populating is an access to every page that changes no content.
+    unsafe { madvise(base, span.len(), advice) }?;
     Ok(())
 }

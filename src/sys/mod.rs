@@ -3,6 +3,7 @@
 //! Each file wraps one group of calls in functions that are safe to call; nothing here decides
 //! anything. Policy lives in the callers.
 
+pub mod copy;
 pub mod errqueue;
 pub mod file;
 pub mod link;

@@ -229,6 +229,16 @@ pub fn receive(
     Ok(received)
 }
 
+/// Receives until `scatter` is full, blocking; fewer bytes only at the end of the stream.
+pub fn receive_all(socket: BorrowedFd<'_>, scatter: &Scatter<'_>) -> io::Result<usize> {
+    let mut header = empty_header();
+    header.msg_iov = scatter.iov.as_ptr().cast_mut();
+    header.msg_iovlen = scatter.iov.len();
+    // SAFETY: `scatter` holds spans that stay valid for writes during the call.
+    let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_WAITALL) };
+    byte_count(received)
+}
+
 /// Writes some of `gather` at the descriptor's position.
 pub fn writev(fd: BorrowedFd<'_>, gather: &Gather<'_>) -> io::Result<usize> {
     // SAFETY: `gather` keeps the spans mapped for the call, and the kernel is done with them after it.

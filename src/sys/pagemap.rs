@@ -7,8 +7,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
+
+use crate::limits::{PAGE_BYTES, PAGE_LEN};
 
 // All numbers and layouts below are those of include/uapi/linux/fs.h (Linux 6.7).
 
@@ -82,6 +86,38 @@ impl AddressRange {
 /// The page map of this process.
 pub fn own() -> io::Result<File> {
     File::open("/proc/self/pagemap")
+}
+
+/// Whether every page of `range` is in the page tables of this process, so that reading it neither
+/// faults nor allocates anything. Touches nothing. Where it cannot be seen the answer is no.
+#[must_use]
+pub fn are_present(range: AddressRange) -> bool {
+    /// Of the 64 bits about a page; Documentation/admin-guide/mm/pagemap.rst.
+    const PRESENT: u64 = 1 << 63;
+    const ENTRY_BYTES: u64 = 8;
+    static OWN: OnceLock<Option<File>> = OnceLock::new();
+    let Some(pagemap) = OWN.get_or_init(|| own().ok()) else {
+        return false;
+    };
+    let (mut page, end) = (range.start / PAGE_BYTES, range.end().div_ceil(PAGE_BYTES));
+    // One call for every 2 MiB: what one page of page table covers.
+    let mut entries = [0; PAGE_LEN];
+    while page < end {
+        let entries = &mut entries[..usize::try_from((end - page) * ENTRY_BYTES)
+            .map_or(PAGE_LEN, |all| all.min(PAGE_LEN))];
+        if pagemap.read_exact_at(entries, page * ENTRY_BYTES).is_err() {
+            return false;
+        }
+        let (entries, _) = entries.as_chunks::<8>();
+        if !entries
+            .iter()
+            .all(|entry| u64::from_ne_bytes(*entry) & PRESENT != 0)
+        {
+            return false;
+        }
+        page += entries.len() as u64;
+    }
+    true
 }
 
 /// Calls `each` with the start and end of every run of pages in `range` that was written since it was

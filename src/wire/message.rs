@@ -156,10 +156,39 @@ pub struct Offer {
     pub window: u64,
     /// Longest silence before either side gives the other up, in ms.
     pub stall_timeout_ms: u64,
+    /// How long a lost connection may take to come back before both sides give the attempt up, in ms; 0:
+    /// it is not waited for.
+    pub recover_timeout_ms: u64,
     /// Only ask whether this would be accepted.
     pub dry_run: bool,
     /// What is to be moved.
     pub regions: Vec<OfferedRegion>,
+}
+
+/// What the sender says when it has connected again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Resume {
+    /// The attempt.
+    pub nonce: Hex128,
+    /// Proves that this is its sender: the token of the streams.
+    pub token: Token,
+    /// The epoch whose packets the sender wants to hear about.
+    pub epoch: u32,
+    /// The number of the Iteration that it will send next.
+    pub iteration: u32,
+}
+
+/// A run of pages of one Region, as messages have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegionRun {
+    /// Index into the offer's Regions.
+    pub region: u32,
+    /// The first page.
+    pub first: u64,
+    /// How many.
+    pub pages: u64,
 }
 
 /// What the sender put on one stream.
@@ -183,6 +212,9 @@ pub struct StreamTotals {
 pub enum FromSender {
     /// Opens an attempt.
     Offer(Offer),
+    /// Takes an attempt up again whose connections were lost. Opens a conversation; the one before it is
+    /// over.
+    Resume(Resume),
     /// Everything was sent, the source is frozen: is all of it there?
     Prepare {
         /// What each stream carried, by stream number.
@@ -253,6 +285,24 @@ pub enum FromReceiver {
         code: Text<CODE_BYTES_MAX>,
         /// For people.
         desc: Text<DESC_BYTES_MAX>,
+    },
+    /// A stream was lost on the way to the receiver, which has ended the others: the attempt waits to be
+    /// resumed.
+    Interrupted {
+        /// Stable code.
+        code: Text<CODE_BYTES_MAX>,
+        /// For people.
+        desc: Text<DESC_BYTES_MAX>,
+    },
+    /// The attempt goes on: nothing that was sent before can arrive any more, and streams may connect.
+    Resumed {
+        /// Of the connections to come.
+        epoch: u32,
+        /// Packets and marks of each stream that were applied in the epoch that was asked for. Empty: that
+        /// is not known any more, so none of those without an acknowledgement count.
+        applied: Vec<u64>,
+        /// Pages that are not in place or not intact; more may be named.
+        missing: Vec<RegionRun>,
     },
     /// Everything is there and intact; a commit would be honoured.
     Prepared {},
@@ -329,13 +379,13 @@ impl FrameHeader {
     /// Reads a header and checks the length against its limit.
     pub fn decode(bytes: &[u8; FRAME_BYTES]) -> Result<Self, WireError> {
         let raw: Raw = zerocopy::transmute!(*bytes);
+        check_crc(FRAME, bytes)?;
         let mut kinds = [FrameKind::Message, FrameKind::Blob].into_iter();
         let Some(kind) = kinds.find(|kind| kind.magic() == raw.magic) else {
             let found = u32::from_be_bytes(raw.magic);
             let rule = "expected \"MFcv\" or \"MFbl\"";
             return Err(WireError::illegal(FRAME, "magic", found, rule));
         };
-        check_crc(FRAME, bytes)?;
         let length = raw.length.get();
         let (max, rule) = match kind {
             FrameKind::Message => (MESSAGE_BYTES_MAX as usize, "expected at most 2 MiB"),

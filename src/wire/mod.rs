@@ -14,7 +14,7 @@ pub use ack::{ACK_BYTES, Ack, TORN_BYTES, TornTable};
 pub use blob::{BlobAccount, BlobSum};
 pub use message::{
     BootId, FRAME_BYTES, FrameHeader, FrameKind, FromReceiver, FromSender, Hex128, Offer,
-    OfferedRegion, Owner, StreamTotals, Text, Token,
+    OfferedRegion, Owner, RegionRun, Resume, StreamTotals, Text, Token,
 };
 pub use packet::{DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Table, blocks};
 pub use preamble::{PREAMBLE_BYTES, Preamble, Purpose, Status};

@@ -28,7 +28,7 @@ struct Raw {
     magic: [u8; 4],
     kind: u8,
     flags: u8,
-    reserved: U16,
+    streams: U16,
     epoch: U32,
     iteration: U32,
     sequence: U64,
@@ -105,6 +105,8 @@ pub struct MarkHeader {
     pub sequence: u64,
     /// Payload bytes on this stream since it opened.
     pub bytes: u64,
+    /// Streams of this epoch; each of them ends the Iteration with a mark.
+    pub streams: u16,
 }
 
 /// What a header announces.
@@ -148,6 +150,7 @@ impl Header {
                 raw.iteration = h.iteration.into();
                 raw.sequence = h.sequence.into();
                 raw.bytes = h.bytes.into();
+                raw.streams = h.streams.into();
             }
         }
         let mut bytes: [u8; HEADER_BYTES] = zerocopy::transmute!(raw);
@@ -184,6 +187,7 @@ impl Header {
                 iteration,
                 sequence,
                 bytes: raw.bytes.get(),
+                streams: raw.streams.get(),
             })),
             KIND_DATA => {
                 let (region, extents) = (raw.region.get(), raw.extents.get());
@@ -445,11 +449,12 @@ mod tests {
             iteration: 7,
             sequence: 8,
             bytes: 0x0102_0304,
+            streams: 3,
         });
         let bytes = header.encode();
         assert_eq!(
             &bytes[..24],
-            b"MFpk\x02\0\0\0\0\0\0\0\x07\0\0\0\x08\0\0\0\0\0\0\0"
+            b"MFpk\x02\0\x03\0\0\0\0\0\x07\0\0\0\x08\0\0\0\0\0\0\0"
         );
         assert_eq!(&bytes[44..52], b"\x04\x03\x02\x01\0\0\0\0");
         assert_eq!(Header::decode(&bytes), Ok(header));

@@ -38,7 +38,7 @@ impl Memory {
         if options.huge_pages && options.path.is_none() {
             // Fails when there are no such pages in reserve, or too few. There are other ways.
             if let Ok(memory) = Self::of_memfd(options.size, MFdFlags::MFD_HUGETLB)
-                && populate(&memory.mapping).is_ok()
+                && populate(&memory.mapping.whole(), Access::Write).is_ok()
             {
                 return Ok(memory);
             }
@@ -58,7 +58,7 @@ impl Memory {
             // Has to come first, and then the memory has to be touched: what `fallocate` allocates
             // knows no advice.
             advise_huge_pages(&memory.mapping);
-            populate(&memory.mapping).map_err(failed("allocate", &name))?;
+            populate(&memory.mapping.whole(), Access::Write).map_err(failed("allocate", &name))?;
         } else {
             let bytes = libc::off_t::try_from(options.size).map_err(io::Error::other);
             bytes

@@ -295,6 +295,7 @@ pub(crate) fn offer(id: &str, length: u64, streams: u16) -> Offer {
         integrity: true,
         window: 16 << 20,
         stall_timeout_ms: 60_000,
+        recover_timeout_ms: 0,
         dry_run: false,
         regions: vec![OfferedRegion {
             name,
@@ -383,6 +384,7 @@ pub(crate) fn mark(iteration: u32, sequence: u64) -> [u8; HEADER_BYTES] {
         iteration,
         sequence,
         bytes: 0,
+        streams: 1,
     };
     Header::Mark(mark).encode()
 }

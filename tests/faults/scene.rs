@@ -378,10 +378,11 @@ impl Scene {
                 }
             }
             Fault::KillClient => {
-                let mut client = self.client.take().expect("a client ordered it");
-                // After the end it has ended by itself.
-                let _ = client.kill();
-                client.wait().unwrap();
+                if let Some(mut client) = self.client.take() {
+                    // After the end it has ended by itself.
+                    let _ = client.kill();
+                    client.wait().unwrap();
+                }
             }
         }
         self.relay.release(act);
@@ -521,6 +522,8 @@ impl Scene {
             self.writer.is_some() && (undecided || moved)
         );
         self.restarted[0] = true;
+        // A new sender may have its answer before anybody can ask it.
+        self.indeterminate |= undecided;
         self.sender = self.places.sender(&self.stage, &self.setup.faults);
     }
 

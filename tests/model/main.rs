@@ -1,5 +1,6 @@
 //! A seeded model of an attempt: the real streams, trackers, plans and assembly over channels that write
-//! short, release late and die, with a writer that changes pages at every moment between two steps.
+//! short, release late and die, with a writer that changes pages at every moment between two steps. An attempt
+//! whose connections died is resumed over others, or begun again.
 //! Whatever happens, what the receiver holds after the last frozen pass is what the source holds.
 //!
 //! A run follows from its seed alone: the streams are threads, but only one of them runs at a time,
@@ -29,11 +30,11 @@ use memferry::dirty::{BitmapTracker, Exact, Tracker};
 use memferry::iteration::{Plan, Run};
 use memferry::limits::{PACKET_BYTES_MIN, PAGE_BYTES};
 use memferry::name::Name;
-use memferry::pages::{PageRange, PageSet, pages_in};
+use memferry::pages::{PageRange, pages_in};
 use memferry::region::{Access, Region};
 use memferry::stats::StreamStats;
 use memferry::stream::{
-    Destination, IncomingSetup, IncomingStream, Job, OutgoingStream, Pace, Pass, Report,
+    Destination, IncomingSetup, IncomingStream, Job, OutgoingStream, Owed, Pace, Pass, Report,
     StreamError, StreamSetup, Tell,
 };
 use memferry::sys::wake::Wake;
@@ -154,8 +155,10 @@ struct Attempt<'a> {
     destinations: Arc<[Arriving]>,
     assembly: Arc<Assembly>,
     streams: Vec<OutgoingStream>,
-    owed: Vec<PageSet>,
+    owed: Arc<Owed>,
     iteration: u32,
+    /// Iterations that were not interrupted.
+    passes: u32,
     totals: Vec<StreamTotals>,
     torn_pages: u64,
 }
@@ -184,20 +187,48 @@ impl<'a> Attempt<'a> {
         let mut attempt = Self {
             shape,
             turns: Arc::clone(turns),
-            owed: sources
-                .iter()
-                .map(|(region, _)| PageSet::full(region.pages()))
-                .collect(),
+            owed: Arc::new(Owed::all_of(
+                sources.iter().map(|(region, _)| region.pages()),
+            )),
             sources,
             destinations,
             assembly,
             streams: Vec::new(),
             iteration: 0,
-            totals: Vec::new(),
+            totals: vec![StreamTotals::default(); shape.streams.into()],
+            passes: 0,
             torn_pages: 0,
         };
         attempt.open_streams(epoch);
+        for (region, tracker) in &*attempt.sources {
+            tracker.begin(region).unwrap();
+        }
         attempt
+    }
+
+    /// The connections are lost: what the receiver has stays, and the rest is still owed.
+    fn resume(&mut self, epoch: u32) {
+        let streams = std::mem::take(&mut self.streams);
+        let left: Vec<_> = (0..)
+            .zip(streams)
+            .map(|(index, stream)| (index, stream.abandon().unwrap()))
+            .collect();
+        let (mut applied, mut missing) = (self.assembly.frames_applied(), self.assembly.missing());
+        if self.turns.draw(|random| random.one_in(4)) {
+            // The answer to an earlier try was lost, and with it what it said.
+            applied.clear();
+        }
+        if self.turns.draw(|random| random.one_in(4)) {
+            // Runs may be joined.
+            for run in &mut missing {
+                let pages = self.sources[run.region as usize].0.pages();
+                run.pages = (run.pages + 3).min(pages - run.first);
+            }
+        }
+        self.owed.settle(&left, &applied, &missing);
+        self.assembly = Arc::new(self.assembly.succeed(epoch, self.iteration + 1).unwrap());
+        self.totals.fill(StreamTotals::default());
+        self.open_streams(epoch);
     }
 
     fn open_streams(&mut self, epoch: u32) {
@@ -208,6 +239,7 @@ impl<'a> Attempt<'a> {
         };
         let setup = StreamSetup {
             regions: Arc::clone(&self.sources),
+            owed: Arc::clone(&self.owed),
             integrity: self.shape.integrity,
             window: self.shape.window,
             pace: Arc::new(Pace::new(0, Instant::now())),
@@ -245,9 +277,6 @@ impl<'a> Attempt<'a> {
 
     /// All of it: some passes while the writer writes, one while it is frozen, and the verdict.
     fn run(&mut self) -> Result<(), StreamError> {
-        for (region, tracker) in &*self.sources {
-            tracker.begin(region).unwrap();
-        }
         if self.shape.tracking != Tracking::None {
             self.turns.set_writing(true);
             for _ in 0..self.turns.draw(|random| random.below(4)) {
@@ -257,8 +286,7 @@ impl<'a> Attempt<'a> {
         }
         self.harvest();
         self.iterate()?;
-        let owed: u64 = self.owed.iter().map(PageSet::count).sum();
-        assert_eq!(owed, 0, "nothing is torn while nothing writes");
+        assert_eq!(self.owed.count(), 0, "nothing is torn while nothing writes");
         let changed = self.pass(Pass::Check)?.iter().map(|r| r.pages).sum::<u64>();
         assert_eq!(changed, 0, "nothing changes while nothing writes");
         let verdict = self.assembly.verdict(&self.totals);
@@ -268,11 +296,17 @@ impl<'a> Attempt<'a> {
 
     fn pass(&mut self, pass: Pass) -> Result<Vec<Report>, StreamError> {
         let mut runs: Vec<Run> = Vec::new();
-        for ((index, (region, tracker)), owed) in (0..).zip(&*self.sources).zip(&self.owed) {
-            tracker.plan(index, region, owed, self.iteration == 1, &mut runs)?;
+        for (index, (region, tracker)) in (0..).zip(&*self.sources) {
+            tracker.plan(
+                index,
+                region,
+                &self.owed.of(index),
+                self.passes == 0,
+                &mut runs,
+            )?;
         }
         let plan = Arc::new(Plan::new(self.iteration, self.shape.packet_bytes, runs));
-        let turns = &self.turns;
+        let (turns, streams) = (&self.turns, self.shape.streams);
         turns.begin(self.streams.len());
         let results: Vec<_> = thread::scope(|scope| {
             let threads: Vec<_> = self
@@ -283,7 +317,11 @@ impl<'a> Attempt<'a> {
                     let plan = Arc::clone(&plan);
                     scope.spawn(move || {
                         let _turn = turns.enter(me);
-                        stream.run(&Job { plan, pass })
+                        stream.run(&Job {
+                            plan,
+                            pass,
+                            streams,
+                        })
                     })
                 })
                 .collect();
@@ -296,21 +334,17 @@ impl<'a> Attempt<'a> {
         self.iteration += 1;
         let reports = self.pass(Pass::Send)?;
         self.totals = reports.iter().map(|report| report.totals).collect();
-        for owed in &mut self.owed {
-            *owed = PageSet::empty(owed.pages());
-        }
-        for &(region, range) in reports.iter().flat_map(|report| &report.torn) {
-            self.owed[region as usize].insert(range);
-            self.torn_pages += range.count;
-        }
+        self.passes += 1;
+        // All that was owed has been carried: what still is arrived torn.
+        self.torn_pages += self.owed.count();
         assert_eq!(self.assembly.iterations(), self.iteration);
         self.harvest();
         Ok(())
     }
 
     fn harvest(&mut self) {
-        for ((region, tracker), owed) in self.sources.iter().zip(&mut self.owed) {
-            tracker.harvest(region, owed).unwrap();
+        for (index, (region, tracker)) in (0..).zip(&*self.sources) {
+            tracker.harvest(region, &mut self.owed.of(index)).unwrap();
         }
     }
 
@@ -345,6 +379,7 @@ impl Drop for Seed {
 /// What the runs met, so that a model which meets nothing is noticed.
 #[derive(Debug, Default)]
 struct Met {
+    resumed: u64,
     failed_attempts: u64,
     torn_pages: u64,
     completed: u64,
@@ -362,9 +397,23 @@ fn run(seed: u64, met: &mut Met) {
         .collect();
     let turns = Arc::new(Turns::new(random, World::new(&memory)));
     turns.scribble(200);
-    for epoch in 0..ATTEMPTS_MAX {
+    let mut epoch = 0;
+    for _ in 0..ATTEMPTS_MAX {
+        epoch += 1;
         let mut attempt = Attempt::new(&shape, &turns, &memory, epoch);
-        let ended = attempt.run();
+        let mut ended = attempt.run();
+        while matches!(ended, Err(StreamError::Lost { .. }))
+            && !turns.draw(|random| random.one_in(4))
+        {
+            met.resumed += 1;
+            turns.set_writing(false);
+            if shape.tracking != Tracking::None {
+                turns.scribble(5);
+            }
+            epoch += 1;
+            attempt.resume(epoch);
+            ended = attempt.run();
+        }
         met.torn_pages += attempt.torn_pages;
         match ended {
             Ok(()) => {
@@ -402,7 +451,7 @@ fn after_the_last_frozen_pass_no_page_at_the_receiver_is_stale() {
     assert_eq!(met.completed, runs);
     if runs >= RUNS_DEFAULT {
         assert!(
-            met.failed_attempts > 0 && met.torn_pages > 0,
+            met.failed_attempts > 0 && met.resumed > 0 && met.torn_pages > 0,
             "{met:?}: too easy"
         );
     }

@@ -1,6 +1,7 @@
 //! From *prepare* to the commit record: everything is there and intact, and then it is ours.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde_json::json;
@@ -14,11 +15,12 @@ use super::super::blob::KeptBlob;
 use super::super::destination::{self, Hidden};
 use super::super::error::AttemptError;
 use super::super::prepared::Place;
-use super::{Attempt, REASON_WAIT, unexpected};
+use super::{Attempt, REASON_WAIT, accepted, hear, unexpected};
 
 /// What a commit would take over.
 pub(super) struct Ready {
-    hidden: Vec<Hidden>,
+    /// Each file, and the final name it gets.
+    moves: Vec<(PathBuf, PathBuf)>,
     blob: Option<KeptBlob>,
 }
 
@@ -31,8 +33,9 @@ impl Attempt {
         blob: Option<BlobAccount>,
     ) -> Result<Ready, AttemptError> {
         let nonce = self.nonce;
-        let setup = Arc::clone(&self.crew().setup);
-        self.crew().end_streams().await;
+        let accepted = accepted(&mut self.accepted);
+        accepted.end_epoch().await;
+        let setup = Arc::clone(&accepted.setup);
         setup.assembly.verdict(totals)?;
         let blob = match (self.blob.take(), blob) {
             (None, None) => None,
@@ -45,12 +48,19 @@ impl Attempt {
                 return Err(AttemptError::Blob { arrived, account });
             }
         };
+        let named = accepted.hidden.is_some();
         let hide = move || {
             let files = setup.destinations.iter().enumerate();
-            files
-                .filter_map(|(index, place)| Some((index, place.file()?)))
-                .map(|(index, file)| file.hide(nonce, index))
-                .collect::<io::Result<Vec<_>>>()
+            let files = files.filter_map(|(index, place)| Some((index, place.file()?)));
+            let mut hidden = Vec::new();
+            for (index, file) in files {
+                file.sync()?;
+                // An unnamed file can be given a name only once.
+                if !named {
+                    hidden.push(file.hide(nonce, index)?);
+                }
+            }
+            Ok::<_, io::Error>(hidden)
         };
         // On a disk this writes the Regions out, so it is not for the control plane's thread.
         let hidden = tokio::task::spawn_blocking(hide)
@@ -61,13 +71,16 @@ impl Attempt {
             .map_err(AttemptError::local(
                 "link the regions into receive.directory",
             ))?;
+        let hidden = accepted.hidden.get_or_insert(hidden);
+        let moves = hidden.iter().map(Hidden::its_move).collect();
         self.confirm().await?;
-        Ok(Ready { hidden, blob })
+        Ok(Ready { moves, blob })
     }
 
     /// Clients that prepared memory and want to be asked say yes, or the attempt is over.
     async fn confirm(&mut self) -> Result<(), AttemptError> {
         let asked = self.receiver.lock().holdings.to_confirm(&self.id);
+        let accepted = accepted(&mut self.accepted);
         for (client, regions) in asked {
             let answer = self.receiver.lock().questions.ask(&self.id, client.id);
             let event = json!({"id": self.id, "status": "pre-switchover", "regions": regions});
@@ -88,7 +101,9 @@ impl Attempt {
                 biased;
                 Ok(()) = answer => {}
                 () = client.gone.cancelled() => return refused("and wants to confirm the transfer is gone"),
-                message = self.talk.hear() => return Err(unexpected(message)),
+                message = hear(&mut self.talk, &mut accepted.back, &accepted.entry) => {
+                    return Err(message.map_or_else(|error| error, |message| unexpected(Ok(message))));
+                }
                 () = tokio::time::sleep(self.patience) => {
                     let seconds = self.patience.as_secs_f32();
                     return refused(&format!("did not confirm the transfer within {seconds} s (stall-timeout)"));
@@ -100,15 +115,15 @@ impl Attempt {
 
     /// The one step after which the Regions are ours. There is no way back behind the record.
     pub(super) async fn commit(&mut self, ready: Ready) -> Result<(), AttemptError> {
-        match self.talk.hear().await? {
+        let accepted = accepted(&mut self.accepted);
+        match hear(&mut self.talk, &mut accepted.back, &accepted.entry).await? {
             FromSender::Commit { nonce } if nonce == self.nonce => {}
             other => return Err(unexpected(Ok(other))),
         }
-        let moves: Vec<_> = ready.hidden.iter().map(Hidden::its_move).collect();
         let record = Decision::Committed {
             boot_id: self.receiver.boot_id.clone(),
             id: self.id.clone(),
-            moves: moves.clone(),
+            moves: ready.moves.clone(),
             blob: ready.blob.as_ref().map(KeptBlob::its_record),
         };
         let decided = self.receiver.journal.decide(self.nonce, record.clone());
@@ -116,8 +131,9 @@ impl Attempt {
             let desc = "this attempt was decided before, and not in favour of this receiver";
             return Err(Refusal::new("refused", desc).into());
         }
-        ready.hidden.into_iter().for_each(Hidden::keep);
-        destination::roll_forward(&moves);
+        let hidden = accepted.hidden.take();
+        hidden.into_iter().flatten().for_each(Hidden::keep);
+        destination::roll_forward(&ready.moves);
         self.take_over(ready.blob);
         // If this is lost the sender asks again, and the record answers.
         let told = self.talk.say(&FromReceiver::Committed {}).await;
@@ -132,7 +148,7 @@ impl Attempt {
     /// What was committed can be asked for from now on.
     fn take_over(&mut self, blob: Option<KeptBlob>) {
         use crate::stream::Destination;
-        let setup = Arc::clone(&self.crew().setup);
+        let setup = Arc::clone(&accepted(&mut self.accepted).setup);
         let mut state = self.receiver.lock();
         state.holdings.ended(&self.id, true);
         for place in setup.destinations.iter() {

@@ -13,6 +13,7 @@ use crate::wire::{FromReceiver, FromSender};
 use super::super::clients::Said;
 use super::super::error::TransferError;
 use super::super::status::Status;
+use super::blob::Blob;
 use super::{Outcome, Transfer, Writer, under_way, unexpected};
 
 impl Transfer {
@@ -76,9 +77,9 @@ impl Transfer {
         if self.scans() {
             let plan = self
                 .debt
-                .plan(self.iteration, self.parameters.packet_size)
+                .plan(self.iteration, false, self.parameters.packet_size)
                 .await?;
-            let reports = self.pass(plan, Pass::Check).await?;
+            let (reports, _) = self.pass(plan, Pass::Check).await?;
             let pages = reports.iter().map(|report| report.pages).sum();
             if pages > 0 {
                 return Err(TransferError::NotFrozen { pages });
@@ -96,7 +97,7 @@ impl Transfer {
         let talk = under_way(&mut self.talk)?;
         talk.say(&FromSender::Prepare {
             streams,
-            blob: self.blob,
+            blob: self.blob.as_ref().map(Blob::account),
         })
         .await?;
         // Heartbeats are no progress, and the writer stands still meanwhile.
@@ -162,7 +163,8 @@ impl Transfer {
         };
         let answer = answer.await;
         let now = Instant::now();
-        self.crew.finish().await;
+        // Everything that was lent was released before the last mark was acknowledged.
+        let _ = self.crew.finish().await;
         match answer {
             Ok(FromReceiver::Committed {}) => {
                 self.downtime.commit = now - started;

@@ -1,13 +1,15 @@
 //! One attempt to move a set of Regions to one receiver. [`Transfer::run`] is the whole story; its
 //! chapters are the files beside this one.
 //!
-//! Up to the commit record any failure ends with the writer running and nothing at the destination;
+//! A connection that is lost on the way is replaced (`recovery`), and the story goes on where it was.
+//! Up to the commit record any other failure ends with the writer running and nothing at the destination;
 //! behind it nothing thaws the writer until the receiver has said that it is not the owner (rule 4).
 
 mod blob;
 mod handover;
 mod opening;
 mod passes;
+mod recovery;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -21,15 +23,17 @@ use crate::guardian::Guardian;
 use crate::journal::{CommitSent, Journal};
 use crate::peer::{Conversation, PeerError};
 use crate::stream::StreamError;
-use crate::sys::wake::Wake;
-use crate::wire::{BlobAccount, BootId, FromReceiver, FromSender, Hex128, StreamTotals};
+use crate::wire::{BootId, FromReceiver, FromSender, Hex128, StreamTotals, Token};
+
+use blob::{Blob, Spent};
+use recovery::Clock;
 
 use super::crew::{Crew, REASON_WAIT, affinity};
 use super::debt::{Debt, Source};
 use super::error::TransferError;
 use super::registry::{Registered, Tracking};
 use super::standstill::Standstill;
-use super::status::{Attempt, Downtime};
+use super::status::{Attempt, Downtime, Status};
 
 /// How long a failing transfer takes to tell the receiver so.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -60,6 +64,8 @@ pub(super) struct Order {
     pub(super) journal: Arc<Journal>,
     pub(super) guardian: Arc<Mutex<Guardian>>,
     pub(super) boot_id: BootId,
+    /// What receivers know the daemon by.
+    pub(super) identity: BootId,
 }
 
 /// A transfer on its way.
@@ -68,8 +74,18 @@ pub(super) struct Transfer {
     parameters: TransferParameters,
     order: Order,
     nonce: Hex128,
+    /// Proves to the receiver that connections are this attempt's.
+    token: Token,
+    /// Counts how often the connections were replaced.
+    epoch: u32,
     debt: Debt,
+    /// The last Iteration that was begun.
     iteration: u32,
+    /// Iterations of this nonce that carried all that there was, and of all nonces.
+    passes: u32,
+    passes_ever: u32,
+    /// The last Iteration was one of them: nothing that was known is older.
+    caught_up: bool,
     /// Bytes that were left when the last Iteration began.
     remaining_before: u64,
     /// Pages that the last Iteration found changed by reading them.
@@ -80,10 +96,11 @@ pub(super) struct Transfer {
     reached: Endpoint,
     talk: Option<Talk>,
     receiver_boot_id: BootId,
-    wake: Wake,
     crew: Crew,
+    clock: Clock,
     standstill: Standstill,
-    blob: Option<BlobAccount>,
+    blob: Option<Blob>,
+    spent_blob: Option<Spent>,
     downtime: Downtime,
 }
 
@@ -117,25 +134,30 @@ impl Transfer {
         let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
         let standstill = Standstill::new(nonce, Arc::clone(&attempt), Arc::clone(&order.guardian));
         let cpus = affinity(&parameters.cpus)?;
-        let wake = Wake::new().map_err(TransferError::local("make an eventfd"))?;
         Ok(Self {
             debt: Debt::of_all(sources),
             nonce,
             attempt,
-            parameters,
+            token: Token::ZERO,
+            epoch: 0,
             iteration: 0,
+            passes: 0,
+            passes_ever: 0,
+            caught_up: false,
             remaining_before: u64::MAX,
             changed_pages: 0,
             inspect_bytes_per_second: 0,
-            totals: Vec::new(),
+            totals: vec![StreamTotals::default(); parameters.streams.into()],
             reached: order.endpoint.clone(),
             talk: None,
             receiver_boot_id: BootId("".into()),
-            crew: Crew::new(wake.clone(), cpus),
-            wake,
+            crew: Crew::new(cpus).map_err(TransferError::local("make an eventfd"))?,
+            clock: Clock::new(),
+            parameters,
             order,
             standstill,
             blob: None,
+            spent_blob: None,
             downtime: Downtime::default(),
         })
     }
@@ -168,14 +190,34 @@ impl Transfer {
 
     /// Everything up to the commit, which either side may still refuse.
     async fn run(&mut self) -> Result<(), TransferError> {
-        let (token, epoch) = self.agree(false).await?;
-        self.open_streams(token, epoch).await?;
+        self.agree(false).await?;
         self.debt.arm().await?;
-        while !self.converged()? {
-            self.iterate(Writer::Runs).await?;
+        loop {
+            match self.carry().await {
+                Err(error) if error.is_interruption() => self.recover(error).await?,
+                ended => return ended,
+            }
         }
-        self.freeze().await?;
-        self.debt.harvest_frozen().await?;
+    }
+
+    /// From wherever it is to *prepared*, as long as no connection is lost.
+    async fn carry(&mut self) -> Result<(), TransferError> {
+        if self.crew.len() == 0 {
+            self.open_streams().await?;
+            self.attempt.enter(Status::Active);
+        }
+        if !self.standstill.is_frozen() {
+            loop {
+                self.hold().await?;
+                if !self.converged()? {
+                    self.iterate(Writer::Runs).await?;
+                } else if self.attempt.begin_freeze() {
+                    break;
+                }
+            }
+            self.freeze().await?;
+            self.debt.harvest_frozen().await?;
+        }
         self.settle().await?;
         self.check_frozen().await?;
         self.send_blob().await?;
@@ -183,7 +225,7 @@ impl Transfer {
     }
 
     /// Back to where it was: the writer first.
-    async fn undo(self, error: &TransferError) {
+    async fn undo(mut self, error: &TransferError) {
         self.standstill.thaw().await;
         self.debt.restore();
         if let Some(talk) = &self.talk {
@@ -193,7 +235,9 @@ impl Transfer {
             };
             let _ = timeout(GOODBYE, talk.say(&abort)).await;
         }
-        self.crew.abandon().await;
+        if let Err(error) = self.crew.abandon().await {
+            tracing::warn!(id = %self.attempt.id, %error, "memory that was lent did not come back, and stays mapped");
+        }
         if let Some(talk) = self.talk {
             talk.farewell().await;
         }
@@ -217,6 +261,10 @@ async fn expired(limit: Option<Duration>) {
 fn unexpected(message: FromReceiver) -> TransferError {
     match message {
         FromReceiver::Refuse { code, desc } => refused(&code, &desc),
+        FromReceiver::Interrupted { code, desc } => TransferError::Interrupted {
+            code: code.to_string(),
+            desc: desc.to_string(),
+        },
         other => {
             let text = serde_json::to_value(other).unwrap_or_default();
             TransferError::OutOfPlace(text["type"].to_string())
@@ -234,9 +282,9 @@ fn refused(code: &impl ToString, desc: &impl ToString) -> TransferError {
 /// Why a stream failed. If its connection did, the receiver may just be telling us.
 async fn reason(error: StreamError, talk: &mut Talk) -> TransferError {
     if matches!(error, StreamError::Lost { .. })
-        && let Ok(Ok(FromReceiver::Refuse { code, desc })) = timeout(REASON_WAIT, talk.hear()).await
+        && let Ok(Ok(message)) = timeout(REASON_WAIT, talk.hear()).await
     {
-        return refused(&code, &desc);
+        return unexpected(message);
     }
     error.into()
 }

@@ -1,22 +1,23 @@
 //! How a transfer begins: what is offered, and a connection per stream.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::config::Integrity;
 use crate::peer::{self};
 use crate::region::RegionError;
 use crate::stream::{Pace, StreamSetup};
-use crate::wire::{FromReceiver, FromSender, Offer, OfferedRegion, Preamble, Purpose, Token};
+use crate::wire::{
+    FromReceiver, FromSender, Offer, OfferedRegion, Preamble, Purpose, StreamTotals, Token,
+};
 
 use super::super::debt::Source;
 use super::super::error::TransferError;
-use super::super::status::Status;
 use super::{Talk, Transfer, unexpected};
 
 impl Transfer {
     /// Version, Regions, number of streams: the receiver says yes, or why not.
-    pub(super) async fn agree(&mut self, dry_run: bool) -> Result<(Token, u32), TransferError> {
+    pub(super) async fn agree(&mut self, dry_run: bool) -> Result<(), TransferError> {
         let patience = self.parameters.stall_timeout;
         let preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
         let connection = peer::connect(&self.order.endpoint, preamble, patience).await?;
@@ -30,8 +31,10 @@ impl Transfer {
                 epoch,
                 boot_id,
             } => {
+                (self.token, self.epoch) = (token, epoch);
                 self.receiver_boot_id = boot_id;
-                Ok((token, epoch))
+                self.totals.fill(StreamTotals::default());
+                Ok(())
             }
             other => Err(unexpected(other)),
         }
@@ -49,12 +52,12 @@ impl Transfer {
         Ok(Offer {
             id: self.attempt.id.clone(),
             nonce: self.nonce,
-            boot_id: self.order.boot_id.clone(),
+            boot_id: self.order.identity.clone(),
             streams: self.parameters.streams,
             integrity: self.parameters.integrity == Integrity::Crc32c,
             window: self.parameters.window,
-            stall_timeout_ms: u64::try_from(self.parameters.stall_timeout.as_millis())
-                .unwrap_or(u64::MAX),
+            stall_timeout_ms: milliseconds(self.parameters.stall_timeout),
+            recover_timeout_ms: milliseconds(self.parameters.recover_timeout),
             dry_run,
             regions: self
                 .debt
@@ -65,36 +68,44 @@ impl Transfer {
         })
     }
 
-    /// One connection and one thread per stream.
-    pub(super) async fn open_streams(
-        &mut self,
-        token: Token,
-        epoch: u32,
-    ) -> Result<(), TransferError> {
+    /// One connection and one thread per stream. If only some come up, those have to do: that is a slower
+    /// transfer and not a failed one.
+    pub(super) async fn open_streams(&mut self) -> Result<(), TransferError> {
+        let (token, epoch) = (self.token, self.epoch);
         let setup = StreamSetup {
             regions: Arc::clone(self.debt.sources()),
             integrity: self.parameters.integrity == Integrity::Crc32c,
             window: self.parameters.window,
             pace: Arc::new(Pace::new(self.parameters.max_bandwidth, Instant::now())),
             stall_timeout: self.parameters.stall_timeout,
-            wake: self.wake.clone(),
+            owed: Arc::clone(self.debt.owed()),
+            wake: self.crew.wake(),
             epoch,
         };
         for (stream, stats) in (0..).zip(&self.attempt.streams) {
             let preamble = Preamble::new(Purpose::Stream(stream), token, epoch);
-            let connection = peer::connect(&self.reached, preamble, setup.stall_timeout).await?;
+            let connection = peer::connect(&self.reached, preamble, setup.stall_timeout).await;
+            let connection = match connection {
+                Ok(connection) => connection,
+                Err(error) if self.crew.len() > 0 => {
+                    tracing::warn!(id = %self.attempt.id, stream, %error, "going on without the streams from this one on");
+                    break;
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let (mode, streams) = (self.parameters.zero_copy, self.parameters.streams);
+            let opened = self.crew.open(connection, &setup, mode, streams);
+            let opened = opened.map_err(TransferError::local("open a stream"))?;
+            let (stats, tell) = (Arc::clone(stats), self.attempt.tell());
             self.crew
-                .start(
-                    connection,
-                    setup.clone(),
-                    self.parameters.zero_copy,
-                    self.parameters.streams,
-                    Arc::clone(stats),
-                    self.attempt.tell(),
-                )
+                .start(stream, opened, setup.clone(), stats, tell)
                 .map_err(TransferError::local("start a stream"))?;
         }
-        self.attempt.enter(Status::Active);
+        self.attempt.streams_opened(self.crew.len());
         Ok(())
     }
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

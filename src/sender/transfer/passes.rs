@@ -16,7 +16,7 @@ use super::{Transfer, Writer, reason, under_way, unexpected};
 impl Transfer {
     /// Whether so little is left that the writer can be stopped for it.
     pub(super) fn converged(&self) -> Result<bool, TransferError> {
-        if self.iteration == 0 {
+        if !self.caught_up {
             return Ok(false);
         }
         let mut inspect_bytes = 0;
@@ -24,7 +24,7 @@ impl Transfer {
             inspect_bytes += tracker.inspect_bytes(region)?;
         }
         let state = State {
-            iterations: self.iteration,
+            iterations: self.passes,
             remaining_bytes: self.remaining_bytes()?,
             remaining_bytes_before: self.remaining_before,
             inspect_bytes,
@@ -42,7 +42,7 @@ impl Transfer {
                 if self.parameters.when_not_converging == WhenNotConverging::Fail =>
             {
                 Err(TransferError::NotConverging {
-                    iterations: self.iteration,
+                    iterations: self.passes,
                     remaining: state.remaining_bytes,
                 })
             }
@@ -57,7 +57,7 @@ impl Transfer {
     /// found by reading, as much as the last Iteration found.
     fn remaining_bytes(&self) -> Result<u64, RegionError> {
         let mut bytes = self.debt.bytes() + self.changed_pages * PAGE_BYTES;
-        if self.iteration == 1 {
+        if self.passes == 1 {
             // The first pass sent everything and so could find nothing: all of it may have changed.
             for ((region, tracker), registered) in
                 self.debt.sources().iter().zip(&self.order.regions)
@@ -73,21 +73,29 @@ impl Transfer {
     /// One pass over what is owed or may have been written. When it ends, everything that was lent is
     /// released and everything that was sent is applied, on every stream.
     pub(super) async fn iterate(&mut self, writer: Writer) -> Result<(), TransferError> {
-        if self.iteration > 0 {
+        if self.passes > 0 {
             self.remaining_before = self.remaining_bytes()?;
         }
         self.iteration += 1;
         let started = Instant::now();
         let plan = self
             .debt
-            .plan(self.iteration, self.parameters.packet_size)
+            .plan(
+                self.iteration,
+                self.passes == 0,
+                self.parameters.packet_size,
+            )
             .await?;
         let planned = plan.owed_pages();
         let pass = match writer {
             Writer::Runs => Pass::Send,
             Writer::StandsStill => Pass::SendFinal,
         };
-        let reports = self.pass(plan, pass).await?;
+        let (reports, whole) = self.pass(plan, pass).await?;
+        self.caught_up = whole;
+        if whole {
+            (self.passes, self.passes_ever) = (self.passes + 1, self.passes_ever + 1);
+        }
 
         let time = started.elapsed();
         let pages: u64 = reports.iter().map(|report| report.pages).sum();
@@ -101,9 +109,10 @@ impl Transfer {
         let sent = reports
             .iter()
             .map(|report| rate(report.payload_bytes, report.send_time));
-        self.totals = reports.iter().map(|report| report.totals).collect();
-        self.debt
-            .paid_except(reports.iter().flat_map(|report| &report.torn));
+        for report in &reports {
+            self.totals[usize::from(report.stream)] = report.totals;
+        }
+        // What a whole Iteration leaves arrived torn.
         let torn_pages = self.debt.pages();
         let longest = |time: fn(&Report) -> Duration| reports.iter().map(time).max();
         let flush_time = longest(|report| report.flush_time).unwrap_or_default();
@@ -117,7 +126,7 @@ impl Transfer {
             }
         }
         self.attempt.iteration_ended(IterationRow {
-            pass: self.iteration,
+            pass: self.passes,
             payload_bytes: reports.iter().map(|report| report.payload_bytes).sum(),
             pages,
             torn_pages,
@@ -129,27 +138,32 @@ impl Transfer {
         Ok(())
     }
 
-    /// Has every stream do its part of a plan; their reports are ordered by nothing but completion,
-    /// except that totals are put in the streams' order.
+    /// Has every stream do its part of a plan; also says whether all of it was done, which an operator
+    /// who wants a pause may prevent.
     pub(super) async fn pass(
         &mut self,
         plan: Arc<Plan>,
         pass: Pass,
-    ) -> Result<Vec<Report>, TransferError> {
+    ) -> Result<(Vec<Report>, bool), TransferError> {
         let talk = under_way(&mut self.talk)?;
         self.crew.begin(&plan, pass);
-        let mut reports = Vec::with_capacity(self.crew.len());
-        while reports.len() < self.crew.len() {
+        let streams = usize::from(self.crew.len());
+        let mut reports = Vec::with_capacity(streams);
+        let mut whole = true;
+        while reports.len() < streams {
             tokio::select! {
                 report = self.crew.hear() => match report {
                     Ok(report) => reports.push(report),
                     Err(error) => return Err(reason(error, talk).await),
                 },
                 message = talk.hear() => return Err(unexpected(message?)),
+                () = self.attempt.hold.wait(true), if whole && !self.standstill.is_frozen() => {
+                    plan.end();
+                    whole = false;
+                }
             }
         }
-        reports.sort_by_key(|report| report.stream);
-        Ok(reports)
+        Ok((reports, whole))
     }
 }
 

@@ -1,0 +1,177 @@
+//! Copying out of memory whose file somebody else may cut short, or whose page may have gone bad.
+//!
+//! Touching such memory is a SIGBUS. The few instructions that touch it stand together, and the handler
+//! that is installed here lets a thread that faulted in them go on behind them, where the copy says that
+//! it failed. No page is mapped in place of the one that is missing, and every other SIGBUS goes where it
+//! went before.
+#![allow(unsafe_code)] // An instruction that may fault, and the handler for it.
+
+use std::io;
+
+use crate::region::Span;
+
+/// Copies `span` to the start of `buffer`, which is at least as long. `false`: not all of the memory
+/// could be read, and what `buffer` holds is of no use. The caller finds out why by a system call.
+///
+/// Others may write the memory meanwhile; the copy is then torn. A hole of the file becomes
+/// allocated by this, as by any touch of a mapping.
+#[must_use]
+pub fn copy(span: &Span<'_>, buffer: &mut [u8]) -> bool {
+    assert!(span.len() <= buffer.len(), "the copy fits");
+    if !is_ready() {
+        return false;
+    }
+    // SAFETY: `buffer` is borrowed exclusively and long enough. The span's owner keeps its addresses
+    // mapped while it is borrowed; whether there is memory behind them is what the handler is for. The
+    // bytes are read by machine instructions and never seen as a Rust reference.
+    unsafe { machine::copy(buffer.as_mut_ptr(), span.base(), span.len()) == 0 }
+}
+
+/// Whether a fault of the copy would be caught; installs the handler at first use.
+fn is_ready() -> bool {
+    static READY: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *READY.get_or_init(|| machine::catch_faults().is_ok())
+}
+
+#[cfg(target_arch = "x86_64")]
+mod machine {
+    use super::io;
+    use std::ffi::{c_int, c_void};
+    use std::sync::OnceLock;
+
+    use nix::errno::Errno;
+
+    // 64 bytes at a time, by the vector registers every such machine has: `rep movsb` is as fast on most
+    // of them, and twenty times slower where a hypervisor has its fast strings off.
+    core::arch::global_asm!(
+        ".pushsection .text.memferry_copy,\"ax\",@progbits",
+        ".hidden memferry_copy",
+        ".hidden memferry_copy_fails",
+        ".globl memferry_copy",
+        ".globl memferry_copy_fails",
+        ".type memferry_copy,@function",
+        // System V: rdi is where to, rsi where from, rdx how much; eax says whether it failed. No stack
+        // is used, so that the handler can leave from anywhere.
+        "memferry_copy:",
+        "mov rcx, rdx",
+        "shr rcx, 6",
+        "jz 3f",
+        "2:",
+        "movdqu xmm0, [rsi]",
+        "movdqu xmm1, [rsi + 16]",
+        "movdqu xmm2, [rsi + 32]",
+        "movdqu xmm3, [rsi + 48]",
+        "movdqu [rdi], xmm0",
+        "movdqu [rdi + 16], xmm1",
+        "movdqu [rdi + 32], xmm2",
+        "movdqu [rdi + 48], xmm3",
+        "add rsi, 64",
+        "add rdi, 64",
+        "dec rcx",
+        "jnz 2b",
+        "3:",
+        "and edx, 63",
+        "jz 5f",
+        "4:",
+        "mov al, [rsi]",
+        "mov [rdi], al",
+        "inc rsi",
+        "inc rdi",
+        "dec edx",
+        "jnz 4b",
+        "5:",
+        "xor eax, eax",
+        "ret",
+        "memferry_copy_fails:",
+        "mov eax, 1",
+        "ret",
+        ".size memferry_copy, . - memferry_copy",
+        ".popsection",
+    );
+
+    unsafe extern "sysv64" {
+        #[link_name = "memferry_copy"]
+        pub(super) fn copy(to: *mut u8, from: *const u8, bytes: usize) -> u32;
+        static memferry_copy_fails: u8;
+    }
+
+    /// What a SIGBUS did before us.
+    static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
+
+    pub(super) fn catch_faults() -> io::Result<()> {
+        // SAFETY: all zero is a valid `sigaction`: the default action with an empty mask.
+        let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+        // SAFETY: a null new action only asks for the present one, which is written to `before`.
+        Errno::result(unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), &raw mut before) })?;
+        BEFORE.get_or_init(|| before);
+        // SAFETY: as above.
+        let mut ours: libc::sigaction = unsafe { std::mem::zeroed() };
+        ours.sa_sigaction = on_bus_error as *const () as usize;
+        ours.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+        // SAFETY: `on_bus_error` has the signature that SA_SIGINFO asks for and makes only calls that
+        // are allowed in a handler.
+        Errno::result(unsafe {
+            libc::sigaction(libc::SIGBUS, &raw const ours, std::ptr::null_mut())
+        })?;
+        Ok(())
+    }
+
+    extern "C" fn on_bus_error(_signal: c_int, _info: *mut libc::siginfo_t, context: *mut c_void) {
+        // SAFETY: the kernel passes the interrupted thread's context, which is ours to change.
+        let context = unsafe { &mut *context.cast::<libc::ucontext_t>() };
+        let at = &mut context.uc_mcontext.gregs[libc::REG_RIP as usize];
+        let address = |symbol: *const u8| symbol.addr().cast_signed() as libc::greg_t;
+        let fails = address(&raw const memferry_copy_fails);
+        if (address(copy as *const u8)..fails).contains(at) {
+            *at = fails;
+            return;
+        }
+        // Not ours: put back what was there. The fault happens again and goes to it.
+        if let Some(before) = BEFORE.get() {
+            // SAFETY: `before` is what the kernel gave us.
+            unsafe { libc::sigaction(libc::SIGBUS, before, std::ptr::null_mut()) };
+        }
+    }
+}
+
+/// Elsewhere nothing is copied this way, and callers read the file.
+#[cfg(not(target_arch = "x86_64"))]
+mod machine {
+    use super::io;
+
+    pub(super) unsafe fn copy(_to: *mut u8, _from: *const u8, _bytes: usize) -> u32 {
+        1
+    }
+
+    pub(super) fn catch_faults() -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::region::{Access, Mapping};
+
+    #[test]
+    fn memory_that_was_cut_off_ends_the_copy_and_not_the_process() {
+        let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.write_all_at(&[7; 3 * 4096], 0).unwrap();
+        let mapping = Mapping::new(&file, 3 * 4096, Access::Read).unwrap();
+        let mut buffer = [0; 3 * 4096];
+        let span = mapping.span(1, 3 * 4096 - 1).unwrap();
+        assert!(copy(&span, &mut buffer));
+        assert_eq!(buffer[..3 * 4096 - 1], [7; 3 * 4096 - 1]);
+        file.set_len(4096).unwrap();
+        assert!(!copy(&span, &mut buffer));
+        assert!(copy(&mapping.span(0, 4096).unwrap(), &mut buffer));
+        file.set_len(3 * 4096).unwrap();
+        assert!(copy(&span, &mut buffer), "nothing was put in its place");
+        assert!(buffer[4095..].iter().all(|&byte| byte == 0));
+    }
+}

@@ -1,0 +1,417 @@
+//! Connections break in every phase, and the transfer goes on with what is owed.
+#![allow(
+    clippy::unwrap_used,
+    reason = "also the helpers of a test end it by a panic"
+)]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod line;
+
+use std::time::{Duration, Instant};
+
+use common::memory::{MIB, assert_same, dense};
+use common::{DEADLINE, Pair, Stage, Writer, listing};
+use line::{Damage, Line, Moment, Which};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+/// A pair over a bad line, with the Region `r` that a writer keeps writing.
+fn live(size: u64) -> (Pair, Line, Writer) {
+    let mut pair = Pair::new();
+    let relay = bad_line(&mut pair);
+    let writer = Writer::start(&pair.stage.path("r"), size, "4MiB/s", size / 4);
+    pair.add_live("r", &writer);
+    (pair, relay, writer)
+}
+
+/// From here on the sender reaches the receiver over a bad line.
+fn bad_line(pair: &mut Pair) -> Line {
+    let line = Line::to(&pair.uri);
+    pair.uri.clone_from(&line.uri);
+    line
+}
+
+/// So slow that there is time to break something.
+fn slow() -> Value {
+    json!({"max-bandwidth": "8MiB/s", "packet-size": "64KiB", "window": "256KiB", "streams": 3})
+}
+
+/// The same, with one Iteration before the freeze; so the last one is long.
+fn slow_and_frozen() -> Value {
+    let mut order = slow();
+    order["max-iterations"] = json!(1);
+    order
+}
+
+fn sent(bytes: u64) -> impl Fn(&Value) -> bool {
+    move |seen| seen["ram"]["transferred"].as_u64() >= Some(bytes)
+}
+
+fn interrupted(times: u64) -> impl Fn(&Value) -> bool {
+    move |seen| seen["recoveries"].as_u64() >= Some(times)
+}
+
+/// After whatever happened: completed, and nothing is missing.
+#[track_caller]
+fn assert_arrived(pair: &mut Pair, writer: &Writer) -> Value {
+    let seen = pair.sender.wait("r", "completed");
+    assert!(writer.is_stopped());
+    assert_same(&writer.path, &pair.destination("r"));
+    assert_eq!(listing(&pair.stage.arrived()), ["r"]);
+    seen
+}
+
+fn code(seen: &Value) -> &str {
+    seen["interruption"]["x-code"].as_str().unwrap_or_default()
+}
+
+#[test]
+fn a_lost_connection_of_any_kind_is_replaced() {
+    for which in [Which::All, Which::Conversation, Which::Stream(1)] {
+        let (mut pair, relay, writer) = live(4 * MIB);
+        pair.begin("r", slow());
+        pair.sender.wait_until("r", sent(MIB));
+        relay.cut(which);
+        let seen = assert_arrived(&mut pair, &writer);
+        assert_eq!(seen["recoveries"], 1, "{which:?} {seen:#}");
+        assert_eq!(code(&seen), "connection-lost", "{seen:#}");
+    }
+}
+
+#[test]
+fn what_the_line_damages_is_found_and_sent_again() {
+    let (mut pair, relay, writer) = live(8 * MIB);
+    pair.begin("r", slow());
+    let damages = [
+        (Which::Stream(0), Damage::Cut, 10),
+        (Which::Stream(1), Damage::Flip, 70),
+        (Which::Stream(2), Damage::Cut, 100_000),
+        (Which::Stream(0), Damage::Flip, 100_001),
+        (Which::Conversation, Damage::Flip, 3),
+        (Which::Conversation, Damage::Cut, 20),
+        (Which::Stream(1), Damage::Flip, 200_000),
+    ];
+    for (which, damage, bytes) in damages {
+        relay.set_trap(which, damage, Moment::Bytes(bytes));
+        pair.sender.wait_until("r", |_| relay.has_sprung());
+    }
+    let seen = assert_arrived(&mut pair, &writer);
+    assert!(seen["recoveries"].as_u64() >= Some(4), "{seen:#}");
+}
+
+#[test]
+fn a_transfer_over_a_line_that_breaks_again_and_again_sends_little_twice() {
+    let (mut pair, relay, writer) = live(16 * MIB);
+    drop(writer);
+    let source = pair.stage.path("still");
+    dense(&source, 16 * MIB, 1);
+    pair.add("still", &source);
+    pair.begin(
+        "still",
+        json!({"packet-size": "64KiB", "streams": 2, "max-bandwidth": "64MiB/s"}),
+    );
+    for cut in 1..=5 {
+        relay.set_trap(Which::Stream(cut % 2), Damage::Cut, Moment::Bytes(MIB));
+        pair.sender.wait_until("still", |_| relay.has_sprung());
+        pair.sender.wait_until("still", interrupted(cut.into()));
+    }
+    let seen = pair.sender.wait("still", "completed");
+    assert_same(&source, &pair.destination("still"));
+    let forwarded = relay.forwarded();
+    assert!(forwarded < 24 * MIB, "{forwarded} bytes, {seen:#}");
+}
+
+#[test]
+fn a_connection_lost_while_the_writer_stands_still_is_repaired_without_a_thaw() {
+    let (mut pair, relay, writer) = live(8 * MIB);
+    pair.begin("r", slow_and_frozen());
+    pair.sender.wait("r", "device");
+    relay.cut(Which::All);
+    let seen = pair.sender.wait_until("r", |seen| {
+        assert!(writer.is_stopped());
+        interrupted(1)(seen) && seen["status"] == "device"
+    });
+    assert_eq!(code(&seen), "connection-lost");
+    assert_arrived(&mut pair, &writer);
+}
+
+#[test]
+fn a_writer_waits_for_a_lost_connection_no_longer_than_the_freeze_timeout() {
+    let (mut pair, relay, writer) = live(8 * MIB);
+    let mut order = slow_and_frozen();
+    order["freeze-timeout"] = json!("300ms");
+    pair.begin("r", order);
+    pair.sender.wait("r", "device");
+    relay.set_closed(true);
+    relay.cut(Which::All);
+    let lost = Instant::now();
+    pair.sender.wait("r", "paused");
+    while writer.is_stopped() {
+        assert!(lost.elapsed() < DEADLINE);
+    }
+    assert_eq!(pair.sender.wait("r", "paused")["status"], "paused");
+    relay.set_closed(false);
+    assert_arrived(&mut pair, &writer);
+}
+
+#[test]
+fn a_hand_over_is_repeated_whichever_word_of_it_was_lost() {
+    for moment in [
+        Moment::Sent("\"prepare\""),
+        Moment::Answered("\"prepared\""),
+    ] {
+        let (mut pair, relay, writer) = live(2 * MIB);
+        relay.set_trap(Which::Conversation, Damage::Cut, moment);
+        pair.begin("r", json!({"streams": 2}));
+        let seen = assert_arrived(&mut pair, &writer);
+        assert_eq!(seen["recoveries"], 1, "{moment:?} {seen:#}");
+    }
+}
+
+#[test]
+fn a_resumption_whose_answer_is_lost_is_asked_for_again() {
+    for moment in [Moment::Sent("\"resume\""), Moment::Answered("\"resumed\"")] {
+        let (mut pair, relay, writer) = live(4 * MIB);
+        pair.begin("r", slow());
+        pair.sender.wait_until("r", sent(MIB));
+        relay.set_trap(Which::Conversation, Damage::Cut, moment);
+        relay.cut(Which::All);
+        let seen = assert_arrived(&mut pair, &writer);
+        assert!(relay.has_sprung());
+        assert_eq!(seen["recoveries"], 1, "one loss, two tries: {seen:#}");
+    }
+}
+
+#[test]
+fn a_transfer_begins_again_with_a_receiver_that_was_killed() {
+    let stage = Stage::new();
+    let receiver = stage.receiver_with(&stage.peer_uri(), "");
+    let mut pair = Pair::of(stage, receiver);
+    for when in ["active", "device"] {
+        let writer = Writer::start(&pair.stage.path("r"), 8 * MIB, "4MiB/s", 2 * MIB);
+        pair.add_live("r", &writer);
+        pair.begin("r", slow_and_frozen());
+        pair.sender.wait_until("r", sent(MIB));
+        pair.sender.wait("r", when);
+        pair.receiver.kill();
+        pair.sender.wait("r", "paused");
+        pair.receiver = pair.stage.receiver_with(&pair.uri, "");
+        assert_arrived(&mut pair, &writer);
+        pair.sender.call("region-del", json!({"name": "r"}));
+        std::fs::remove_file(pair.destination("r")).unwrap();
+        std::fs::remove_file(pair.stage.path("r")).unwrap();
+    }
+}
+
+#[test]
+fn a_sender_that_was_killed_can_begin_again_at_once() {
+    let (mut pair, relay, writer) = live(8 * MIB);
+    pair.begin("r", slow());
+    pair.sender.wait_until("r", sent(MIB));
+    pair.sender.kill();
+    pair.receiver.wait_arrival("r", "paused");
+    pair.sender = pair.stage.sender();
+    pair.add_live("r", &writer);
+    pair.begin("r", json!({}));
+    assert_arrived(&mut pair, &writer);
+    drop(relay);
+}
+
+#[test]
+fn a_line_that_stays_broken_fails_the_transfer_on_both_sides_with_the_first_reason() {
+    let (mut pair, relay, writer) = live(8 * MIB);
+    let mut order = slow();
+    order["recover-timeout"] = json!("500ms");
+    order["stall-timeout"] = json!("500ms");
+    pair.begin("r", order);
+    pair.sender.wait_until("r", sent(MIB));
+    relay.set_closed(true);
+    relay.cut(Which::All);
+    let failed = pair.sender.wait_failed("r", "connection-lost");
+    let desc = failed["error"]["desc"].as_str().unwrap();
+    assert!(desc.contains("recover-timeout"), "{desc}");
+    writer.assert_runs();
+    pair.receiver.wait_arrival("r", "failed");
+    pair.assert_nothing_happened(&[]);
+}
+
+#[test]
+fn a_line_that_only_looks_alive_is_not_tried_for_ever() {
+    let (mut pair, relay, writer) = live(8 * MIB);
+    let mut order = slow();
+    order["recover-timeout"] = json!("1s");
+    order["streams"] = json!(1);
+    // Every connection comes up, and no packet gets through.
+    relay.set_every(Which::Stream(0), Moment::Bytes(100));
+    pair.begin("r", order);
+    pair.sender.wait_failed("r", "connection-lost");
+    assert!(relay.connections() > 4);
+    writer.assert_runs();
+    pair.receiver.assert_alive();
+}
+
+#[test]
+fn a_silent_network_interrupts_until_it_speaks_again() {
+    let (mut pair, relay, writer) = live(8 * MIB);
+    let mut order = slow();
+    order["stall-timeout"] = json!("500ms");
+    pair.begin("r", order);
+    pair.sender.wait_until("r", sent(MIB));
+    relay.set_silent(true);
+    let seen = pair.sender.wait("r", "paused");
+    assert!(
+        ["stalled", "peer-silent"].contains(&code(&seen)),
+        "{seen:#}"
+    );
+    relay.set_silent(false);
+    relay.cut(Which::All);
+    assert_arrived(&mut pair, &writer);
+}
+
+#[test]
+fn a_receiver_that_hangs_for_a_while_goes_on_where_it_was() {
+    let (mut pair, _relay, writer) = live(8 * MIB);
+    let mut order = slow();
+    order["stall-timeout"] = json!("500ms");
+    pair.begin("r", order);
+    pair.sender.wait_until("r", sent(MIB));
+    pair.receiver.signal(Signal::SIGSTOP);
+    pair.sender.wait("r", "paused");
+    pair.receiver.signal(Signal::SIGCONT);
+    assert_arrived(&mut pair, &writer);
+}
+
+#[test]
+fn fewer_streams_than_asked_for_are_a_slower_transfer() {
+    let (mut pair, relay, writer) = live(2 * MIB);
+    relay.set_streams_max(2);
+    pair.begin("r", json!({"streams": 4}));
+    let seen = assert_arrived(&mut pair, &writer);
+    assert_eq!(seen["streams"], 2, "{seen:#}");
+}
+
+#[test]
+fn a_paused_transfer_stands_still_until_it_is_to_go_on() {
+    for lost in [false, true] {
+        let (mut pair, relay, writer) = live(8 * MIB);
+        pair.begin("r", slow());
+        pair.sender.wait_until("r", sent(MIB));
+        assert_eq!(pair.sender.cli(&["pause", "r"]).status.code(), Some(0));
+        let seen = pair.sender.wait("r", "paused");
+        let at_pause = seen["ram"]["transferred"].clone();
+        writer.assert_runs();
+        if lost {
+            relay.cut(Which::All);
+            pair.receiver.wait_arrival("r", "paused");
+        }
+        let seen = pair.sender.call("query-migrate", json!({"id": "r"}));
+        assert_eq!(seen["status"], "paused");
+        assert_eq!(seen["ram"]["transferred"], at_pause);
+        assert_eq!(pair.sender.cli(&["recover", "r"]).status.code(), Some(0));
+        assert_arrived(&mut pair, &writer);
+        let (code, _) = pair.sender.refusal("migrate-pause", json!({"id": "r"}));
+        assert_eq!(code, "not-active");
+        let (code, _) = pair.sender.refusal("migrate-recover", json!({"id": "r"}));
+        assert_eq!(code, "not-paused");
+    }
+}
+
+#[test]
+fn a_lost_transfer_goes_on_at_another_address_of_its_receiver() {
+    let (mut pair, relay, writer) = live(8 * MIB);
+    pair.begin("r", slow());
+    pair.sender.wait_until("r", sent(MIB));
+    relay.set_closed(true);
+    relay.cut(Which::All);
+    pair.sender.wait("r", "paused");
+    let direct = pair.receiver.uri();
+    pair.sender
+        .call("migrate-recover", json!({"id": "r", "uri": direct}));
+    assert_arrived(&mut pair, &writer);
+}
+
+#[test]
+fn a_cancel_ends_a_transfer_that_waits() {
+    for held in [false, true] {
+        let (mut pair, relay, writer) = live(8 * MIB);
+        pair.begin("r", slow());
+        pair.sender.wait_until("r", sent(MIB));
+        if held {
+            pair.sender.call("migrate-pause", json!({"id": "r"}));
+        } else {
+            relay.set_closed(true);
+            relay.cut(Which::All);
+        }
+        pair.sender.wait("r", "paused");
+        pair.sender.call("migrate_cancel", json!({"id": "r"}));
+        pair.sender.wait("r", "cancelled");
+        writer.assert_runs();
+        relay.set_closed(false);
+        // And the receiver has room for it again.
+        pair.begin("r", json!({}));
+        assert_arrived(&mut pair, &writer);
+    }
+}
+
+#[test]
+fn a_tracked_writer_loses_no_page_over_a_bad_line() {
+    let mut pair = Pair::new();
+    let relay = bad_line(&mut pair);
+    let path = pair.stage.path("r");
+    let socket = pair.sender.socket().to_owned();
+    let writer = Writer::register(&path, 8 * MIB, "8MiB/s", 2 * MIB, &socket);
+    pair.begin("r", slow());
+    for times in 1..=4 {
+        pair.sender
+            .wait_until("r", |seen| seen["status"] == "active");
+        let at = pair.sender.call("query-migrate", json!({"id": "r"}));
+        let at = at["ram"]["transferred"].as_u64().unwrap();
+        pair.sender.wait_until("r", sent(at + MIB / 4));
+        relay.cut(if times % 2 == 0 {
+            Which::All
+        } else {
+            Which::Stream(0)
+        });
+        pair.sender.wait_until("r", interrupted(times));
+    }
+    assert_arrived(&mut pair, &writer);
+}
+
+/// `MEMFERRY_RELAY_MIB=4096 cargo test --release --test resume -- --ignored --nocapture every_300_ms`
+#[test]
+#[ignore = "takes minutes and much memory in full size; MEMFERRY_RELAY_MIB makes it smaller"]
+fn a_transfer_over_a_line_cut_every_300_ms_sends_at_most_half_of_it_twice() {
+    let size = std::env::var("MEMFERRY_RELAY_MIB").map_or(4096, |text| text.parse().unwrap()) * MIB;
+    let mut pair = Pair::new();
+    let relay = bad_line(&mut pair);
+    let source = pair.stage.path("r");
+    dense(&source, size, 1);
+    pair.add("r", &source);
+    let started = Instant::now();
+    pair.begin("r", json!({"streams": 2}));
+    let mut cuts = 0;
+    loop {
+        let until = Instant::now() + Duration::from_millis(300);
+        let mut seen = Value::Null;
+        while Instant::now() < until {
+            let left = until.saturating_duration_since(Instant::now());
+            pair.sender.control().next_event(left).unwrap();
+            seen = pair.sender.call("query-migrate", json!({"id": "r"}));
+        }
+        if seen["status"] == "completed" {
+            break;
+        }
+        assert_ne!(seen["status"], "failed", "{seen:#}");
+        relay.cut(Which::All);
+        cuts += 1;
+    }
+    let time = started.elapsed().as_secs_f64();
+    assert_same(&source, &pair.destination("r"));
+    let ratio = relay.forwarded() as f64 / size as f64;
+    println!(
+        "{} MiB, {cuts} cuts, {time:.1} s, {ratio:.3} of the region sent",
+        size / MIB
+    );
+    assert!(ratio <= 1.5, "{ratio}");
+}
