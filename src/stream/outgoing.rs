@@ -119,7 +119,6 @@ impl OutgoingStream {
         stats: Arc<StreamStats>,
         tell: Tell,
     ) -> Self {
-        let window = Window::new(setup.window);
         let Opened {
             channel,
             engine,
@@ -130,6 +129,7 @@ impl OutgoingStream {
             index,
             channel,
             inspector: Inspector::new(setup.integrity),
+            window: Window::new(setup.window),
             setup,
             lending: Lending::new(engine.is_some()),
             engine,
@@ -143,7 +143,6 @@ impl OutgoingStream {
                 packets: 0,
                 bytes: 0,
             },
-            window,
         }
     }
 
