@@ -139,10 +139,7 @@ impl OutgoingStream {
             piece: Piece::default(),
             frame: Vec::new(),
             torn_table: TornTable::default(),
-            totals: StreamTotals {
-                packets: 0,
-                bytes: 0,
-            },
+            totals: StreamTotals::default(),
         }
     }
 
