@@ -483,7 +483,8 @@ impl OutgoingStream {
         StreamError::from_io(
             self.index,
             waiting,
-            self.setup.stall_timeout.as_secs_f32(),
+            self.setup.stall_timeout,
+            &*self.channel,
             error,
         )
     }
