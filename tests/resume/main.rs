@@ -113,7 +113,7 @@ fn a_transfer_over_a_line_that_breaks_again_and_again_sends_little_twice() {
         json!({"packet-size": "64KiB", "streams": 2, "max-bandwidth": "6MiB/s"}),
     );
     for cut in 1..=5 {
-        relay.set_trap(Which::All, Damage::Cut, Moment::Bytes(MIB));
+        relay.set_trap(Which::All, Damage::Cut, Moment::Bytes(MIB / 4));
         pair.sender.wait_until("still", |_| relay.has_sprung());
         pair.sender.wait_until("still", interrupted(cut));
     }
