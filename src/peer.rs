@@ -5,7 +5,7 @@
 //! all arrive as the one error that ends it. What is said is the business of `sender` and `receiver`.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use tokio_util::either::Either;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::channel::Suspect;
 use crate::endpoint::Endpoint;
 use crate::wire::{
     FRAME_BYTES, FrameHeader, FrameKind, FromReceiver, FromSender, Hex128, PREAMBLE_BYTES,
@@ -52,6 +53,14 @@ pub enum PeerError {
         /// How long.
         seconds: f32,
     },
+    /// The peer said nothing, and its kernel is there.
+    #[error(
+        "the peer said nothing for {seconds} s (stall-timeout), though its host answers: it hangs"
+    )]
+    Hung {
+        /// How long.
+        seconds: f32,
+    },
     /// The peer sent what is not the protocol.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -65,7 +74,11 @@ impl PeerError {
     #[must_use]
     pub fn is_loss(&self) -> bool {
         match self {
-            Self::Connect { .. } | Self::Lost(_) | Self::Silent { .. } | Self::Turned(_) => true,
+            Self::Connect { .. }
+            | Self::Lost(_)
+            | Self::Silent { .. }
+            | Self::Hung { .. }
+            | Self::Turned(_) => true,
             // Whoever answered once in this language has not forgotten it: the first bytes are damaged.
             Self::Wire(error) => matches!(
                 error,
@@ -81,6 +94,7 @@ impl PeerError {
             Self::Connect { .. } => "unreachable",
             Self::Lost(_) => "connection-lost",
             Self::Silent { .. } => "peer-silent",
+            Self::Hung { .. } => "peer-hung",
             Self::Wire(error) => error.code(),
             Self::Turned(_) => "refused",
         }
@@ -243,6 +257,11 @@ impl<Out: Message, In: Message> Conversation<Out, In> {
     /// for `patience` before it counts as gone.
     #[must_use]
     pub fn start(connection: Connection, patience: Duration) -> Self {
+        // To look at once nothing is heard any more. It goes with the task that listens.
+        let socket = match &connection {
+            Either::Left(tcp) => tcp.as_fd().try_clone_to_owned().ok(),
+            Either::Right(unix) => unix.as_fd().try_clone_to_owned().ok(),
+        };
         let (reader, writer) = tokio::io::split(connection);
         let (messages, incoming) = mpsc::channel(MESSAGES_WAITING_MAX);
         let (outgoing, frames) = mpsc::channel(1);
@@ -251,7 +270,9 @@ impl<Out: Message, In: Message> Conversation<Out, In> {
             outgoing,
             incoming,
             patience,
-            reader: AbortOnDropHandle::new(tokio::spawn(listen(reader, messages, patience))),
+            reader: AbortOnDropHandle::new(tokio::spawn(listen(
+                reader, socket, messages, patience,
+            ))),
             writer: AbortOnDropHandle::new(tokio::spawn(talk(writer, frames, heartbeat, patience))),
             _out: std::marker::PhantomData,
         }
@@ -334,15 +355,14 @@ async fn talk(
 
 async fn listen<In: Message>(
     mut reader: ReadHalf<Connection>,
+    socket: Option<OwnedFd>,
     messages: mpsc::Sender<Result<In, PeerError>>,
     patience: Duration,
 ) {
     loop {
         let read = match timeout(patience, read_message(&mut reader)).await {
             Ok(read) => read,
-            Err(_) => Err(PeerError::Silent {
-                seconds: patience.as_secs_f32(),
-            }),
+            Err(_) => Err(gone_silent(socket.as_ref(), patience)),
         };
         let last = read.is_err();
         if read.as_ref().is_ok_and(Message::is_alive) {
@@ -351,6 +371,15 @@ async fn listen<In: Message>(
         if messages.send(read).await.is_err() || last {
             return;
         }
+    }
+}
+
+/// Who is to blame that nothing is heard. Our own heartbeats were under way all the time.
+fn gone_silent(socket: Option<&OwnedFd>, patience: Duration) -> PeerError {
+    let seconds = patience.as_secs_f32();
+    match socket.map(|socket| Suspect::of(socket.as_fd(), patience)) {
+        Some(Suspect::Peer | Suspect::Destination) => PeerError::Hung { seconds },
+        Some(Suspect::Network | Suspect::Unknown) | None => PeerError::Silent { seconds },
     }
 }
 

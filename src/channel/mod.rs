@@ -22,6 +22,7 @@ mod socket;
 mod socket_tests;
 #[cfg(test)]
 pub(crate) mod suite;
+mod suspect;
 mod uring;
 #[cfg(test)]
 mod uring_tests;
@@ -33,6 +34,7 @@ pub use command::CommandChannel;
 pub use engine::{Engine, Opened, Trial, open, trial};
 pub use file::FileChannel;
 pub use socket::SocketChannel;
+pub use suspect::Suspect;
 pub use uring::UringChannel;
 
 use std::fmt;
@@ -227,6 +229,12 @@ pub trait Channel: Send + fmt::Debug {
     /// falling number is progress on a slow link.
     fn queued_bytes(&self) -> Option<u64> {
         None
+    }
+
+    /// Who is to blame if nothing has moved for `quiet`.
+    fn suspect(&self, quiet: Duration) -> Suspect {
+        let _ = quiet;
+        Suspect::Unknown
     }
 }
 

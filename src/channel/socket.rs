@@ -22,7 +22,7 @@ use super::copies;
 use super::loans::Loans;
 use super::wait::{self, GONE, Stall};
 use super::{
-    Channel, Features, Flush, Patience, Shutdown, Woken, WriteFlags, refuse_descriptors,
+    Channel, Features, Flush, Patience, Shutdown, Suspect, Woken, WriteFlags, refuse_descriptors,
     refuse_loan,
 };
 use crate::region::{Span, SpanMut};
@@ -465,6 +465,10 @@ impl Channel for SocketChannel {
             return None;
         }
         errqueue::unacknowledged(self.fd.as_fd()).ok()
+    }
+
+    fn suspect(&self, quiet: Duration) -> Suspect {
+        Suspect::of(self.fd.as_fd(), quiet)
     }
 }
 

@@ -20,7 +20,9 @@ use super::loans::Loans;
 use super::registered::Registered;
 use super::socket::{DROP_PATIENCE, LEND_BYTES_MIN, SocketChannel};
 use super::wait::Stall;
-use super::{Channel, Features, Flush, Patience, Shutdown, Woken, WriteFlags, refuse_loan};
+use super::{
+    Channel, Features, Flush, Patience, Shutdown, Suspect, Woken, WriteFlags, refuse_loan,
+};
 use crate::region::{Region, Span, SpanMut};
 use crate::sys::errqueue;
 use crate::sys::msg::IovBuf;
@@ -356,6 +358,10 @@ impl Channel for UringChannel {
 
     fn queued_bytes(&self) -> Option<u64> {
         self.socket.queued_bytes()
+    }
+
+    fn suspect(&self, quiet: Duration) -> Suspect {
+        self.socket.suspect(quiet)
     }
 }
 

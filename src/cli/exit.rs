@@ -50,9 +50,9 @@ impl Exit {
             "no-space" | "region-map" => Self::Resources,
             "invalid-argument" => Self::Usage,
             "access-denied" => Self::Unreachable,
-            "unreachable" | "connection-lost" | "peer-silent" | "stalled" | "line-damage"
-            | "protocol" | "not-held" | "not-frozen" | "freeze-failed" | "receiver-failed"
-            | "blob-read" => Self::Failed,
+            "unreachable" | "connection-lost" | "peer-silent" | "peer-hung"
+            | "destination-slow" | "stalled" | "line-damage" | "protocol" | "not-held"
+            | "not-frozen" | "freeze-failed" | "receiver-failed" | "blob-read" => Self::Failed,
             // Why a Region cannot be added or moved, or a request cannot be followed: if it ends a
             // transfer, that transfer has failed, and otherwise nothing was begun.
             "region-open"

@@ -108,8 +108,8 @@ async fn thaw(record: &CommitSent) -> bool {
 /// The Regions have another owner: runs what is to be done then. If this sender dies meanwhile, the next
 /// one does it again.
 pub(super) async fn finish(record: &CommitSent) {
-    let unfinished = record.stopped.iter().filter(|writer| writer.has_an_end());
-    for writer in unfinished.cloned() {
+    for writer in record.stopped.iter().filter(|writer| writer.has_an_end()) {
+        let writer = writer.clone();
         if let Err(error) = blocking(move || writer.finish()).await {
             tracing::error!(id = %record.id, %error, "what was to be done after the transfer was not");
         }

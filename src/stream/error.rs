@@ -1,9 +1,10 @@
 //! Why a stream ended before its attempt did.
 
 use std::io;
+use std::time::Duration;
 
 use crate::assembly::Violation;
-use crate::channel::Woken;
+use crate::channel::{Channel, Suspect, Woken};
 use crate::region::RegionError;
 use crate::wire::WireError;
 
@@ -22,7 +23,7 @@ pub enum StreamError {
         source: io::Error,
     },
     /// No progress for the stall timeout.
-    #[error("stream {stream}: no progress for {seconds} s (stall-timeout): {waiting}")]
+    #[error("stream {stream}: no progress for {seconds} s (stall-timeout): {waiting}: {}", .suspect.as_str())]
     Stalled {
         /// The stream.
         stream: u16,
@@ -30,6 +31,8 @@ pub enum StreamError {
         seconds: f32,
         /// For what.
         waiting: &'static str,
+        /// Who is to blame.
+        suspect: Suspect,
     },
     /// Bytes that are not the protocol.
     #[error("stream {stream}: {source}")]
@@ -72,7 +75,12 @@ impl StreamError {
         match self {
             Self::Ended => "cancelled",
             Self::Lost { .. } => "connection-lost",
-            Self::Stalled { .. } => "stalled",
+            Self::Stalled { suspect, .. } => match suspect {
+                Suspect::Unknown => "stalled",
+                Suspect::Network => "peer-silent",
+                Suspect::Peer => "peer-hung",
+                Suspect::Destination => "destination-slow",
+            },
             Self::Wire { source, .. } => source.code(),
             Self::Violation(_) => "protocol",
             Self::Region(error) => error.code(),
@@ -84,7 +92,8 @@ impl StreamError {
     pub(super) fn from_io(
         stream: u16,
         waiting: &'static str,
-        stall_seconds: f32,
+        stall_timeout: Duration,
+        channel: &dyn Channel,
         source: io::Error,
     ) -> Self {
         if Woken::is(&source) {
@@ -92,8 +101,9 @@ impl StreamError {
         } else if source.kind() == io::ErrorKind::TimedOut {
             Self::Stalled {
                 stream,
-                seconds: stall_seconds,
+                seconds: stall_timeout.as_secs_f32(),
                 waiting,
+                suspect: channel.suspect(stall_timeout),
             }
         } else {
             Self::Lost { stream, source }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -55,7 +56,7 @@ pub struct IncomingStream<D> {
     assembly: Arc<Assembly>,
     destinations: Arc<[D]>,
     integrity: bool,
-    stall_seconds: f32,
+    stall_timeout: Duration,
     received: Arc<Counter>,
     wake: Wake,
     table: Table,
@@ -80,7 +81,7 @@ impl<D: Destination> IncomingStream<D> {
             assembly: Arc::clone(&setup.assembly),
             destinations: Arc::clone(&setup.destinations),
             integrity: setup.integrity,
-            stall_seconds: patience.stall_timeout.as_secs_f32(),
+            stall_timeout: patience.stall_timeout,
             received: Arc::clone(&setup.received),
             wake: patience.wake.clone(),
             table: Table::default(),
@@ -216,7 +217,7 @@ impl<D: Destination> IncomingStream<D> {
 
     fn wait_readable(&mut self) -> Result<bool, StreamError> {
         self.channel
-            .wait_readable(std::time::Duration::from_secs(3600))
+            .wait_readable(Duration::from_secs(3600))
             .map_err(|error| self.io_error("", error))
     }
 
@@ -241,7 +242,13 @@ impl<D: Destination> IncomingStream<D> {
     }
 
     fn io_error(&self, waiting: &'static str, error: io::Error) -> StreamError {
-        StreamError::from_io(self.index, waiting, self.stall_seconds, error)
+        StreamError::from_io(
+            self.index,
+            waiting,
+            self.stall_timeout,
+            &*self.channel,
+            error,
+        )
     }
 }
 

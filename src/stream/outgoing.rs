@@ -119,7 +119,6 @@ impl OutgoingStream {
         stats: Arc<StreamStats>,
         tell: Tell,
     ) -> Self {
-        let window = Window::new(setup.window);
         let Opened {
             channel,
             engine,
@@ -130,6 +129,7 @@ impl OutgoingStream {
             index,
             channel,
             inspector: Inspector::new(setup.integrity),
+            window: Window::new(setup.window),
             setup,
             lending: Lending::new(engine.is_some()),
             engine,
@@ -139,11 +139,7 @@ impl OutgoingStream {
             piece: Piece::default(),
             frame: Vec::new(),
             torn_table: TornTable::default(),
-            totals: StreamTotals {
-                packets: 0,
-                bytes: 0,
-            },
-            window,
+            totals: StreamTotals::default(),
         }
     }
 
@@ -487,7 +483,8 @@ impl OutgoingStream {
         StreamError::from_io(
             self.index,
             waiting,
-            self.setup.stall_timeout.as_secs_f32(),
+            self.setup.stall_timeout,
+            &*self.channel,
             error,
         )
     }

@@ -11,6 +11,7 @@ pub mod msg;
 pub mod pagemap;
 pub mod process;
 pub mod scm;
+pub mod tcp;
 pub mod terminal;
 pub mod uffd;
 pub mod uring;

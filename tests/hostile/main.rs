@@ -44,6 +44,8 @@ const HONEST_CODES: &[&str] = &[
     "connection-lost",
     "unreachable",
     "peer-silent",
+    "peer-hung",
+    "destination-slow",
     "stalled",
     "refused",
     "not-owner",

@@ -195,6 +195,8 @@ pub(crate) struct SenderEnd {
     /// Bytes it still takes before it dies.
     life: Option<u64>,
     dead: bool,
+    /// By ourselves: then a flush speaks about the memory alone.
+    is_reset: bool,
     sends: u64,
     released: Flush,
 }
@@ -211,6 +213,7 @@ impl SenderEnd {
             receiver,
             life,
             dead: false,
+            is_reset: false,
             sends: 0,
             released: Flush::NOTHING_OWED,
         }
@@ -316,7 +319,7 @@ impl Channel for SenderEnd {
             piece.release();
         }
         self.end.loans.give_back(self.end.me);
-        if self.dead {
+        if self.dead && !self.is_reset {
             return Err(Self::reset());
         }
         let sends = std::mem::take(&mut self.sends);
@@ -334,7 +337,7 @@ impl Channel for SenderEnd {
     }
 
     fn shutdown(&mut self, _how: Shutdown) -> io::Result<()> {
-        self.dead = true;
+        (self.dead, self.is_reset) = (true, true);
         Ok(())
     }
 }

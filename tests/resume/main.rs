@@ -97,7 +97,7 @@ fn what_the_line_damages_is_found_and_sent_again() {
         pair.sender.wait_until("r", |_| relay.has_sprung());
     }
     let seen = assert_arrived(&mut pair, &writer);
-    assert!(seen["recoveries"].as_u64() >= Some(4), "{seen:#}");
+    assert!(seen["recoveries"].as_u64() >= Some(2), "{seen:#}");
 }
 
 #[test]
@@ -109,12 +109,13 @@ fn a_transfer_over_a_line_that_breaks_again_and_again_sends_little_twice() {
     pair.add("still", &source);
     pair.begin(
         "still",
-        json!({"packet-size": "64KiB", "streams": 2, "max-bandwidth": "64MiB/s"}),
+        // Slow enough that most of it is still to come whenever the next trap is set.
+        json!({"packet-size": "64KiB", "streams": 2, "max-bandwidth": "6MiB/s"}),
     );
     for cut in 1..=5 {
-        relay.set_trap(Which::Stream(cut % 2), Damage::Cut, Moment::Bytes(MIB));
+        relay.set_trap(Which::All, Damage::Cut, Moment::Bytes(MIB / 4));
         pair.sender.wait_until("still", |_| relay.has_sprung());
-        pair.sender.wait_until("still", interrupted(cut.into()));
+        pair.sender.wait_until("still", interrupted(cut));
     }
     let seen = pair.sender.wait("still", "completed");
     assert_same(&source, &pair.destination("still"));
@@ -260,8 +261,9 @@ fn a_silent_network_interrupts_until_it_speaks_again() {
     pair.sender.wait_until("r", sent(MIB));
     relay.set_silent(true);
     let seen = pair.sender.wait("r", "paused");
+    // The line itself answers here; what is behind it does not.
     assert!(
-        ["stalled", "peer-silent"].contains(&code(&seen)),
+        ["peer-hung", "destination-slow"].contains(&code(&seen)),
         "{seen:#}"
     );
     relay.set_silent(false);
@@ -277,7 +279,11 @@ fn a_receiver_that_hangs_for_a_while_goes_on_where_it_was() {
     pair.begin("r", order);
     pair.sender.wait_until("r", sent(MIB));
     pair.receiver.signal(Signal::SIGSTOP);
-    pair.sender.wait("r", "paused");
+    let seen = pair.sender.wait("r", "paused");
+    assert!(
+        ["peer-hung", "destination-slow"].contains(&code(&seen)),
+        "{seen:#}"
+    );
     pair.receiver.signal(Signal::SIGCONT);
     assert_arrived(&mut pair, &writer);
 }

@@ -1,0 +1,123 @@
+//! What `query-migrate` shows of an attempt.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::limits::PAGE_BYTES;
+
+use super::{Attempt, IterationRow, Status, per_second};
+
+impl Attempt {
+    /// The answer of `query-migrate`: QEMU's members and units, and finer ones of our own.
+    pub(in crate::sender) fn to_json(&self) -> Value {
+        let state = self.lock();
+        let total_time = state.ended.unwrap_or_else(Instant::now) - self.started;
+        let transferred = self.sum(|s| s.transferred.get());
+        // What this pass has settled so far is no longer to be sent.
+        let remaining = match (state.iterations.len(), state.status) {
+            (0, Status::Setup | Status::Active | Status::Paused | Status::Recover) => self
+                .total_bytes
+                .saturating_sub(self.sum(|s| s.settled_bytes.get())),
+            _ => state.remaining_bytes,
+        };
+        let mut shown = json!({
+            "id": self.id,
+            "status": state.status.as_str(),
+            "regions": self.regions,
+            "total-time": ms(total_time),
+            "ram": {
+                "total": self.total_bytes,
+                // Estimates of different things add up to more than there is.
+                "remaining": remaining.min(self.total_bytes),
+                "transferred": transferred,
+                "normal": self.sum(|s| s.normal_pages.get()),
+                "normal-bytes": self.sum(|s| s.normal_bytes.get()),
+                "duplicate": self.sum(|s| s.duplicate_pages.get()),
+                "mbps": mbps(per_second(transferred, total_time)),
+                "dirty-sync-count": state.iterations.len(),
+                "dirty-pages-rate": state.dirty_pages_per_second,
+                "page-size": PAGE_BYTES,
+                "torn": self.sum(|s| s.torn_pages.get()),
+                "dirty-sync-missed-zero-copy": self.sum(|s| s.missed_zero_copy.get()),
+            },
+            "zero-copy": self.zero_copy(),
+            "streams": state.streams_open,
+            "recoveries": state.interruptions,
+            "iterations": state.iterations.iter().map(row).collect::<Vec<_>>(),
+            "parameters": self.parameters.to_json(),
+        });
+        if let Some(interruption) = &state.interruption {
+            shown["interruption"] = interruption.clone();
+        }
+        if let Some(time) = state.setup_time {
+            shown["setup-time"] = ms(time);
+        }
+        if let Some(downtime) = state.downtime {
+            shown["downtime"] = ms(downtime.total);
+            shown["downtime-us"] = us(downtime.total);
+            shown["downtime-breakdown-us"] = json!({
+                "freeze": us(downtime.freeze),
+                "scan": us(downtime.scan),
+                "send": us(downtime.send),
+                "flush": us(downtime.flush),
+                "check": us(downtime.check),
+                "blob": us(downtime.blob),
+                "prepare": us(downtime.prepare),
+                "commit": us(downtime.commit),
+            });
+        } else if let Some(expected) = state.expected_downtime {
+            shown["expected-downtime"] = ms(expected);
+        }
+        if let Some(bytes) = state.blob_bytes {
+            shown["blob-size"] = bytes.into();
+        }
+        if let Some(error) = &state.error {
+            shown["error"] = error.clone();
+        }
+        shown
+    }
+
+    fn zero_copy(&self) -> Value {
+        let paths: Vec<_> = self.streams.iter().map(|stream| stream.path()).collect();
+        // The streams go separate ways only for a moment; the one that fell back is the news.
+        let shown = paths
+            .iter()
+            .find(|path| !path.reason.is_empty())
+            .or_else(|| paths.first());
+        json!({
+            "requested": self.parameters.zero_copy.as_str(),
+            "path": shown.map_or("", |path| path.path),
+            "sends": self.sum(|s| s.zero_copy_sends.get()),
+            "copied": self.sum(|s| s.zero_copy_copied.get()),
+            "fallbacks": self.sum(|s| s.fallbacks.get()),
+            "reason": shown.map_or("", |path| &path.reason),
+        })
+    }
+}
+
+fn row(row: &IterationRow) -> Value {
+    json!({
+        "pass": row.pass,
+        "bytes": row.payload_bytes,
+        "pages": row.pages,
+        "torn": row.torn_pages,
+        "dirty-bytes": row.dirty_bytes,
+        "time-us": us(row.time),
+        "flush-us": us(row.flush_time),
+    })
+}
+
+fn ms(time: Duration) -> Value {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX).into()
+}
+
+fn us(time: Duration) -> Value {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX).into()
+}
+
+/// Mbit/s, as QEMU has it.
+#[expect(clippy::cast_precision_loss)] // shown to people
+fn mbps(bytes_per_second: u64) -> f64 {
+    bytes_per_second as f64 * 8.0 / 1e6
+}
