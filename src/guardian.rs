@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
 
-use crate::freeze::StoppedProcess;
+use crate::freeze::Stopped;
 use crate::journal::{self, CommitSent, Journal};
 use crate::name::Name;
 use crate::wire::{BootId, Hex128};
@@ -51,7 +51,7 @@ struct AskedNote {
 struct Note {
     nonce: Hex128,
     boot_id: BootId,
-    stopped: Vec<StoppedProcess>,
+    stopped: Vec<Stopped>,
 }
 
 /// Keeps the notes of a sender, and a guardian that reads them should the sender die.
@@ -118,12 +118,7 @@ impl Guardian {
     }
 
     /// Writes down what is about to be stopped for an attempt, and who is asked to stop.
-    pub fn note(
-        &mut self,
-        nonce: Hex128,
-        stopped: Vec<StoppedProcess>,
-        asked: Asked,
-    ) -> io::Result<()> {
+    pub fn note(&mut self, nonce: Hex128, stopped: Vec<Stopped>, asked: Asked) -> io::Result<()> {
         self.watch()?;
         if !asked.regions.is_empty() {
             let note = AskedNote {
@@ -163,17 +158,34 @@ pub fn release(runtime_directory: &Path) -> io::Result<()> {
     }
     let (notes, commits) = (Journal::at(&notes), Journal::at(runtime_directory));
     let boot_id = journal::boot_id()?;
+    let mut failed = None;
     for note in notes.all::<Note>()? {
         let committed = commits.find::<CommitSent>(note.nonce)?.is_some();
-        if !committed && note.boot_id == boot_id {
-            for process in &note.stopped {
-                process.thaw().map_err(io::Error::other)?;
-                tracing::warn!(nonce = %note.nonce, ?process, "its sender died: the writer goes on");
+        let ours = !committed && note.boot_id == boot_id;
+        let mut all = true;
+        for writer in note.stopped.iter().filter(|_| ours) {
+            match writer.thaw() {
+                Ok(()) => {
+                    tracing::warn!(nonce = %note.nonce, ?writer, "its sender died: the writer goes on");
+                }
+                // The others go on all the same.
+                Err(error) => {
+                    all = false;
+                    failed = Some(io::Error::other(error));
+                }
             }
         }
-        notes.remove(note.nonce)?;
+        if !all {
+            continue;
+        }
+        if let Err(error) = notes.remove(note.nonce)
+            // Whoever else looks at the same time may have removed it.
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(error);
+        }
     }
-    Ok(())
+    failed.map_or(Ok(()), Err)
 }
 
 /// What the child does: waits until the sender has died, and looks.
@@ -210,7 +222,7 @@ mod tests {
         }
 
         /// Stops it, and says what a note says about it.
-        fn stop(&self) -> Vec<StoppedProcess> {
+        fn stop(&self) -> Vec<Stopped> {
             let record = Frozen::record_of(&[self.freezer()]).unwrap();
             Frozen::freeze(&[self.freezer()], Duration::from_secs(20))
                 .unwrap()
@@ -242,7 +254,7 @@ mod tests {
         Journal::open(&directory.join(NOTES)).unwrap()
     }
 
-    fn note(directory: &Path, stopped: Vec<StoppedProcess>) -> Hex128 {
+    fn note(directory: &Path, stopped: Vec<Stopped>) -> Hex128 {
         let nonce = Hex128([1; 16]);
         let boot_id = journal::boot_id().unwrap();
         notes(directory)

@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
-use crate::freeze::StoppedProcess;
+use crate::freeze::Stopped;
 use crate::name::Name;
 use crate::wire::{BlobAccount, BootId, Hex128};
 
@@ -47,7 +47,7 @@ pub struct CommitSent {
     /// What is moved.
     pub regions: Vec<Name>,
     /// Who stands still until it is known who owns the memory.
-    pub stopped: Vec<StoppedProcess>,
+    pub stopped: Vec<Stopped>,
 }
 
 /// What a receiver has decided about a nonce.

@@ -295,6 +295,7 @@ fn codes() -> BTreeSet<String> {
             "CommandError::new(",
             "Refusal::new(",
             "refuse(",
+            "refuse(connection, ",
             "code: ",
             "&str = ",
         ] {

@@ -28,6 +28,8 @@ fn every_engine_falls_back_on_loopback_and_says_why() {
         pair.add(mode, &source);
         let done = pair.transfer(mode, json!({"zero-copy": mode, "streams": 1}));
         assert_same(&source, &pair.destination(mode));
+        // The same file is moved again, which is not refused once the region is forgotten.
+        pair.sender.call("region-del", json!({"name": mode}));
         let shown = &done["zero-copy"];
         assert_eq!(shown["path"], "plain", "{shown}");
         assert_eq!(shown["fallbacks"], 1, "{shown}");
@@ -92,6 +94,8 @@ fn under_a_memlock_limit_of_1_mib_every_engine_completes_and_says_why() {
         sender.call("migrate", order);
         let done = sender.wait(mode, "completed");
         assert_same(&source, &stage.arrived().join(mode));
+        // The same file is moved again, which is not refused once the region is forgotten.
+        sender.call("region-del", json!({"name": mode}));
         let shown = &done["zero-copy"];
         assert!(
             shown["reason"].as_str().unwrap().contains("memlock"),

@@ -59,7 +59,8 @@ impl fmt::Display for Engine {
 /// What a trial of an engine showed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trial {
-    /// The kernel says of each send whether it was copied after all.
+    /// The kernel says of each send whether it was copied after all: it did so in the trial, which goes
+    /// over loopback.
     pub reports_copies: bool,
 }
 
@@ -181,9 +182,9 @@ pub fn trial(engine: Engine) -> io::Result<Trial> {
         if let Some(refusal) = channel.zero_copy_refusal() {
             return Err(io::Error::other(refusal.to_owned()));
         }
-        lend(&mut channel)?;
+        let flush = lend(&mut channel)?;
         return Ok(Trial {
-            reports_copies: true,
+            reports_copies: flush.all_copied(),
         });
     }
     let regions = match engine {
@@ -192,13 +193,13 @@ pub fn trial(engine: Engine) -> io::Result<Trial> {
     };
     let mut channel =
         UringChannel::new(near, patience, regions).map_err(|(_, error)| explained(error))?;
-    lend(&mut channel).map_err(explained)?;
+    let flush = lend(&mut channel).map_err(explained)?;
     if engine == Engine::IoUringFixed && channel.registered_bytes() == 0 {
         let why = channel.zero_copy_trouble(false).unwrap_or_default();
         return Err(io::Error::other(why));
     }
     Ok(Trial {
-        reports_copies: channel.reports_usage(),
+        reports_copies: flush.all_copied(),
     })
 }
 

@@ -103,12 +103,6 @@ impl UringChannel {
         self.loans.outstanding()
     }
 
-    /// Whether the kernel says of each send if it was copied (Linux 6.2).
-    #[must_use]
-    pub fn reports_usage(&self) -> bool {
-        self.ring.reports_usage()
-    }
-
     /// Bytes written with `ZERO_COPY` that this channel sent plainly, because the kernel would not pin
     /// even a small piece.
     #[must_use]

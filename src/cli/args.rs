@@ -137,7 +137,8 @@ pub struct RegionAddArgs {
     /// How changed pages are found; none if not given.
     #[arg(long, value_enum, value_name = "KIND")]
     pub tracker: Option<TrackerKind>,
-    /// How the writer is stopped for the last pass: none, or pid=NUMBER to stop that process.
+    /// How the writer is stopped for the last pass: none, pid=NUMBER to stop that process, or
+    /// cgroup=/sys/fs/cgroup/NAME to freeze that control group.
     #[arg(long, value_name = "KIND[=ARG]", value_parser = parse_freeze)]
     pub freeze: Option<Freeze>,
 }
@@ -454,7 +455,7 @@ fn parse_freeze(text: &str) -> Result<Freeze, String> {
         ("cgroup", _) => Err("write it as cgroup=/sys/fs/cgroup/NAME".into()),
         ("pid", None) => Err("write it as pid=NUMBER".into()),
         ("command", _) => Err("commands can be given in the configuration file only".into()),
-        _ => Err("use none or pid=NUMBER".into()),
+        _ => Err("use none, pid=NUMBER or cgroup=/sys/fs/cgroup/NAME".into()),
     }
 }
 

@@ -5,7 +5,10 @@ use std::path::Path;
 
 use super::error::{ConfigError, Problem, Warning};
 use super::keys::Document;
+use super::region::FreezeConfig;
 use super::units::{Rate, Size};
+use crate::freeze::{Cgroup, Process};
+
 use super::{
     ControlConfig, ReceiverConfig, SenderConfig, ZeroCopyMode, load, parse_receiver, parse_sender,
 };
@@ -139,6 +142,7 @@ pub(super) fn sender_warnings(config: &SenderConfig) -> Vec<Warning> {
     for region in &config.regions {
         let key = format!("region {}", region.name);
         warnings.extend(missing(&key, &region.path));
+        warnings.extend(freeze_warning(&key, &region.freeze));
     }
     let transfer = &config.transfer;
     if transfer.zero_copy != ZeroCopyMode::Off {
@@ -158,6 +162,26 @@ pub(super) fn receiver_warnings(config: &ReceiverConfig) -> Vec<Warning> {
     ));
     warnings.extend(missing("receive.directory", &config.receive.directory));
     warnings
+}
+
+/// What would be found when the Region is added, or not before the freeze.
+fn freeze_warning(key: &str, freeze: &FreezeConfig) -> Option<Warning> {
+    let refused = match freeze {
+        FreezeConfig::None | FreezeConfig::Client => None,
+        FreezeConfig::Pid(pid) => Process::open(*pid).err(),
+        FreezeConfig::Cgroup(path) => Cgroup::open(path).err(),
+        FreezeConfig::Command(commands) => {
+            let programs = [&commands.freeze, &commands.thaw, &commands.done];
+            let mut programs = programs.into_iter().filter_map(|argv| argv.first());
+            // A name without a slash is looked for in the daemon's own PATH.
+            return programs.find_map(|program| {
+                program
+                    .contains('/')
+                    .then(|| missing(key, program.as_ref()))?
+            });
+        }
+    };
+    refused.map(|error| Warning(format!("{key}: {error}")))
 }
 
 fn socket_warning(control: &ControlConfig) -> Option<Warning> {

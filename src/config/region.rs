@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::keys::{Key, Refusal};
+use crate::freeze::Commands;
 use crate::name::Name;
 
 /// One `[[region]]`.
@@ -50,7 +51,7 @@ pub enum TrackerConfig {
 }
 
 /// How the writer is stopped. As JSON `{"kind": "pid", "pid": 123}`, `{"kind": "none"}` or `"none"`,
-/// in TOML the same ways; on the command line `none` or `pid=123`.
+/// in TOML the same ways; on the command line `none`, `pid=123` or `cgroup=/path`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
 pub enum FreezeConfig {
@@ -61,21 +62,15 @@ pub enum FreezeConfig {
     Client,
     /// SIGSTOP to the process with this id, greater than 0.
     Pid(i32),
+    /// `cgroup.freeze` of the control group at this absolute path.
+    Cgroup(PathBuf),
+    /// Programs with their arguments.
+    Command(Commands),
 }
 
 /// Why a text or JSON value is no tracker, or no way to freeze.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KindError {
-    /// A kind that is defined, but not in this version.
-    #[error("{what} {kind:?} is not served by this version, which serves {served}")]
-    NotServed {
-        /// "tracker" or "freeze".
-        what: &'static str,
-        /// The kind.
-        kind: String,
-        /// What is served instead.
-        served: &'static str,
-    },
     /// A kind that does not exist.
     #[error("there is no {what} {kind:?}: this version serves {served}")]
     Unknown {
@@ -124,11 +119,20 @@ pub enum KindError {
         "freeze \"pid\" needs the process id, a number greater than 0: write pid=1234 or {{kind = \"pid\", pid = 1234}}"
     )]
     Pid,
+    /// A control group that is missing, or whose path is not absolute.
+    #[error(
+        "freeze \"cgroup\" needs the absolute path of a control group: write cgroup=/sys/fs/cgroup/NAME or {{kind = \"cgroup\", path = \"/sys/fs/cgroup/NAME\"}}"
+    )]
+    Cgroup,
+    /// Commands that are missing, or are no lists of texts.
+    #[error(
+        "freeze \"command\" needs the lists freeze and thaw, and may have done, each a program with its arguments: {{kind = \"command\", freeze = [\"/usr/bin/stop-it\", \"vm1\"], thaw = [\"/usr/bin/go-on\", \"vm1\"]}}"
+    )]
+    Command,
 }
 
 const TRACKERS_SERVED: &str = "\"none\", \"scan\", \"pagemap\" and \"bitmap\"";
-const FREEZES_SERVED: &str = "\"none\", \"client\" and \"pid=1234\"";
-const FREEZES_LATER: &[&str] = &["cgroup", "command"];
+const FREEZES_SERVED: &str = "\"none\", \"client\", \"pid=1234\", \"cgroup=/sys/fs/cgroup/NAME\" and {kind = \"command\", …}";
 
 /// Takes `kind` out of a text or an object; the rest of the object is returned with it.
 fn kind(
@@ -166,22 +170,12 @@ fn no_more(
     }
 }
 
-fn refused(what: &'static str, kind: &str, later: &[&str], served: &'static str) -> KindError {
-    // An error text must not carry a megabyte of somebody's input.
-    let short = kind.chars().take(64).collect();
-    // `cgroup=/path` on the command line is the kind `cgroup`.
-    if later.contains(&kind.split('=').next().unwrap_or(kind)) {
-        KindError::NotServed {
-            what,
-            kind: short,
-            served,
-        }
-    } else {
-        KindError::Unknown {
-            what,
-            kind: short,
-            served,
-        }
+fn unknown(what: &'static str, kind: &str, served: &'static str) -> KindError {
+    KindError::Unknown {
+        what,
+        // An error text must not carry a megabyte of somebody's input.
+        kind: kind.chars().take(64).collect(),
+        served,
     }
 }
 
@@ -222,7 +216,7 @@ impl TryFrom<Value> for TrackerConfig {
                 };
                 fdname.map(|fdname| Self::Bitmap { fdname }).ok_or(lacking)
             }
-            other => Err(refused("tracker", other, &[], TRACKERS_SERVED)),
+            other => Err(unknown("tracker", other, TRACKERS_SERVED)),
         }
     }
 }
@@ -237,6 +231,10 @@ impl TryFrom<Value> for FreezeConfig {
             no_more(&members, "freeze", "pid")?;
             return pid.map(Self::Pid).ok_or(KindError::Pid);
         }
+        if let Some(path) = kind.strip_prefix("cgroup=") {
+            no_more(&members, "freeze", "cgroup")?;
+            return cgroup(path.to_owned());
+        }
         match kind.as_str() {
             "none" => no_more(&members, "freeze", "none").map(|()| Self::None),
             "client" => no_more(&members, "freeze", "client").map(|()| Self::Client),
@@ -247,8 +245,40 @@ impl TryFrom<Value> for FreezeConfig {
                 let pid = pid.filter(|pid| *pid > 0).ok_or(KindError::Pid)?;
                 Ok(Self::Pid(pid))
             }
-            other => Err(refused("freeze", other, FREEZES_LATER, FREEZES_SERVED)),
+            "cgroup" => {
+                let path = text(&mut members, "path").ok_or(KindError::Cgroup)?;
+                no_more(&members, "freeze", "cgroup")?;
+                cgroup(path)
+            }
+            "command" => {
+                let mut list = |name: &str| match members.remove(name) {
+                    None => Ok(Vec::new()),
+                    Some(list) => serde_json::from_value(list).map_err(|_| KindError::Command),
+                };
+                let commands = Commands {
+                    freeze: list("freeze")?,
+                    thaw: list("thaw")?,
+                    done: list("done")?,
+                };
+                no_more(&members, "freeze", "command")?;
+                let whole = |argv: &Vec<String>| argv.first().is_some_and(|name| !name.is_empty());
+                let complete = whole(&commands.freeze) && whole(&commands.thaw);
+                if !complete || !(commands.done.is_empty() || whole(&commands.done)) {
+                    return Err(KindError::Command);
+                }
+                Ok(Self::Command(commands))
+            }
+            other => Err(unknown("freeze", other, FREEZES_SERVED)),
         }
+    }
+}
+
+fn cgroup(path: String) -> Result<FreezeConfig, KindError> {
+    let path = PathBuf::from(path);
+    if path.is_absolute() {
+        Ok(FreezeConfig::Cgroup(path))
+    } else {
+        Err(KindError::Cgroup)
     }
 }
 
@@ -277,6 +307,10 @@ impl From<FreezeConfig> for Value {
             FreezeConfig::None => json!({ "kind": "none" }),
             FreezeConfig::Client => json!({ "kind": "client" }),
             FreezeConfig::Pid(pid) => json!({ "kind": "pid", "pid": pid }),
+            FreezeConfig::Cgroup(path) => json!({ "kind": "cgroup", "path": path }),
+            FreezeConfig::Command(Commands { freeze, thaw, done }) => {
+                json!({ "kind": "command", "freeze": freeze, "thaw": thaw, "done": done })
+            }
         }
     }
 }
@@ -312,6 +346,8 @@ impl fmt::Display for FreezeConfig {
             Self::None => f.write_str("none"),
             Self::Client => f.write_str("client"),
             Self::Pid(pid) => write!(f, "pid={pid}"),
+            Self::Cgroup(path) => write!(f, "cgroup={}", path.display()),
+            Self::Command(_) => f.write_str("command"),
         }
     }
 }
@@ -385,6 +421,7 @@ mod tests {
             FreezeConfig::None,
             FreezeConfig::Client,
             FreezeConfig::Pid(1234),
+            FreezeConfig::Cgroup("/sys/fs/cgroup/x".into()),
         ] {
             assert_eq!(freeze.to_string().parse(), Ok(freeze.clone()));
             assert_eq!(Value::from(freeze.clone()).try_into(), Ok(freeze));
@@ -393,6 +430,8 @@ mod tests {
             assert_eq!(tracker.to_string().parse(), Ok(tracker.clone()));
             assert_eq!(Value::from(tracker.clone()).try_into(), Ok(tracker));
         }
+        let command = json!({"kind": "command", "freeze": ["a", "b"], "thaw": ["c"], "done": []});
+        assert_eq!(Value::from(freeze(command.clone()).unwrap()), command);
         let pagemap =
             json!({"kind": "pagemap", "pagemap-fdname": "p", "uffd-fdname": "u", "address": 4096});
         assert_eq!(Value::from(tracker(pagemap.clone()).unwrap()), pagemap);
@@ -409,12 +448,6 @@ mod tests {
                 "{text}"
             );
         }
-        for kind in FREEZES_LATER {
-            let text = freeze(json!({"kind": kind})).unwrap_err();
-            assert!(text.contains("not served by this version"), "{text}");
-        }
-        let text = "cgroup=/x".parse::<FreezeConfig>().unwrap_err().to_string();
-        assert!(text.contains("not served by this version"), "{text}");
         let text = tracker(json!("magic")).unwrap_err();
         assert!(text.contains("there is no tracker \"magic\""), "{text}");
     }
@@ -435,6 +468,16 @@ mod tests {
             json!("pid=0"),
             json!("pid=-5"),
             json!("pid=x"),
+            json!("cgroup"),
+            json!("cgroup=x"),
+            json!({"kind": "cgroup"}),
+            json!({"kind": "cgroup", "path": "x"}),
+            json!({"kind": "cgroup", "path": "/x", "pid": 3}),
+            json!("command"),
+            json!({"kind": "command", "freeze": ["a"]}),
+            json!({"kind": "command", "freeze": ["a"], "thaw": "b"}),
+            json!({"kind": "command", "freeze": ["a"], "thaw": [""]}),
+            json!({"kind": "command", "freeze": ["a"], "thaw": ["b"], "path": "/x"}),
         ] {
             assert!(freeze(value.clone()).is_err(), "{value}");
         }

@@ -134,8 +134,9 @@ impl Sender {
         match driven {
             Ok(Outcome::Committed(record)) => {
                 self.lock().registry.release(&claim, true);
-                self.forget(&record);
                 attempt.enter(Status::Completed);
+                resolve::finish(&record).await;
+                self.forget(&record);
             }
             Ok(Outcome::Indeterminate(record)) => {
                 // Without an answer the claim stands until the daemon ends.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::config::{FreezeConfig, TrackerConfig};
 use crate::control::{Call, CommandError, FdTable, code};
 use crate::dirty::{BitmapTracker, Exact, Memory, PagemapTracker};
-use crate::freeze::{Freezer, Process};
+use crate::freeze::{Cgroup, FreezeError, Freezer, Process};
 use crate::name::Name;
 use crate::pages::PageSet;
 use crate::region::Region;
@@ -125,6 +125,16 @@ pub(super) struct Claim {
     id: Name,
 }
 
+/// How a writer is stopped by us; checks that it can be.
+fn freezer(freeze: &FreezeConfig) -> Result<Freezer, FreezeError> {
+    Ok(match freeze {
+        FreezeConfig::None | FreezeConfig::Client => Freezer::None,
+        FreezeConfig::Pid(pid) => Freezer::Pid(Arc::new(Process::open(*pid)?)),
+        FreezeConfig::Cgroup(path) => Freezer::Cgroup(Arc::new(Cgroup::open(path)?)),
+        FreezeConfig::Command(commands) => Freezer::Command(Arc::new(commands.clone())),
+    })
+}
+
 /// All Regions, by name.
 #[derive(Debug)]
 pub(super) struct Registry {
@@ -168,10 +178,13 @@ impl Registry {
         let region = region.map_err(|error| CommandError::new(error.code(), error.to_string()))?;
         if matches!(
             (&tracker, &freeze),
-            (TrackerConfig::Bitmap { .. }, FreezeConfig::Pid(_))
+            (
+                TrackerConfig::Bitmap { .. },
+                FreezeConfig::Pid(_) | FreezeConfig::Cgroup(_)
+            )
         ) {
             // Stopped between a write and its mark, the writer would lose that write.
-            let text = "tracker bitmap needs a writer that publishes its marks before it stands still, which SIGSTOP does not wait for: use freeze client, or tracker pagemap";
+            let text = "tracker bitmap needs a writer that publishes its marks before it stands still, which freeze pid and cgroup do not wait for: use freeze client or command, or tracker pagemap";
             return Err(CommandError::new(code::INVALID_ARGUMENT, text));
         }
         let tracking = Tracking::new(&tracker, &region, by.map(|call| &call.fds))?;
@@ -182,14 +195,8 @@ impl Registry {
             }),
             _ => None,
         };
-        let freezer = match freeze {
-            FreezeConfig::None | FreezeConfig::Client => Freezer::None,
-            FreezeConfig::Pid(pid) => {
-                let process = Process::open(pid)
-                    .map_err(|error| CommandError::new(error.code(), error.to_string()))?;
-                Freezer::Pid(Arc::new(process))
-            }
-        };
+        let freezer =
+            freezer(&freeze).map_err(|error| CommandError::new(error.code(), error.to_string()))?;
         let region = Arc::new(region);
         let moved = self.moved.find(&region);
         let registered = Registered {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::endpoint::Endpoint;
+use crate::freeze::FreezeError;
 use crate::journal::{CommitSent, Journal};
 use crate::peer::{self, Conversation, PeerError};
 use crate::wire::{FromReceiver, FromSender, Owner, Preamble, Purpose, Token};
@@ -38,9 +39,10 @@ pub(super) async fn resolve(
         match asked {
             Ok(Owner::Destination) => {
                 attempt.enter(Status::Completed);
+                finish(record).await;
                 return Some(Owner::Destination);
             }
-            Ok(Owner::Source) if !thaw(record) => {}
+            Ok(Owner::Source) if !thaw(record).await => {}
             Ok(Owner::Source) => {
                 attempt.fail(&TransferError::Refused {
                     code: "not-owner".to_owned(),
@@ -92,15 +94,33 @@ async fn ask(record: &CommitSent, patience: Duration) -> Result<Owner, PeerError
 }
 
 /// Lets the writers go on; `false` if one of them could not be, and has to be tried again.
-fn thaw(record: &CommitSent) -> bool {
+async fn thaw(record: &CommitSent) -> bool {
     let mut all = true;
-    for process in &record.stopped {
-        if let Err(error) = process.thaw() {
-            tracing::error!(?process, %error, "the writer could not be started again; trying again every second");
+    for writer in record.stopped.clone() {
+        if let Err(error) = blocking(move || writer.thaw()).await {
+            tracing::error!(id = %record.id, %error, "the writer could not be started again; trying again every second");
             all = false;
         }
     }
     all
+}
+
+/// The Regions have another owner: runs what is to be done then. If this sender dies meanwhile, the next
+/// one does it again.
+pub(super) async fn finish(record: &CommitSent) {
+    for writer in record.stopped.iter().filter(|writer| writer.has_an_end()) {
+        let writer = writer.clone();
+        if let Err(error) = blocking(move || writer.finish()).await {
+            tracing::error!(id = %record.id, %error, "what was to be done after the transfer was not");
+        }
+    }
+}
+
+async fn blocking(
+    act: impl FnOnce() -> Result<(), FreezeError> + Send + 'static,
+) -> Result<(), TransferError> {
+    let acted = tokio::task::spawn_blocking(act).await;
+    Ok(acted.map_err(|error| TransferError::local("run it")(error.into()))??)
 }
 
 /// Takes up what an earlier run of the daemon left undecided; records of another boot mean nothing.

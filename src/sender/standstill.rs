@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
-use crate::freeze::{FreezeError, Freezer, Frozen, StoppedProcess};
+use crate::freeze::{FreezeError, Freezer, Frozen, Stopped};
 use crate::guardian::{Asked, Guardian};
 use crate::wire::Hex128;
 
@@ -25,6 +25,7 @@ pub(super) struct Standstill {
     /// Whether clients were asked to stop, and have not been told to go on.
     asked: bool,
     freezing: Option<JoinHandle<Result<Frozen, FreezeError>>>,
+    thawing: Option<JoinHandle<()>>,
     frozen: Frozen,
     /// The writers were seen to stand still, and not let go since.
     stands: bool,
@@ -45,6 +46,7 @@ impl Standstill {
             guardian,
             asked: false,
             freezing: None,
+            thawing: None,
             frozen,
             stands: false,
             since,
@@ -129,7 +131,7 @@ impl Standstill {
     }
 
     /// Whom a commit record has to name.
-    pub(super) fn record(&self) -> Vec<StoppedProcess> {
+    pub(super) fn record(&self) -> Vec<Stopped> {
         self.frozen.record()
     }
 
@@ -143,8 +145,14 @@ impl Standstill {
     /// Lets the writers go on.
     pub(super) async fn thaw(&mut self) {
         self.stands = false;
-        drop(std::mem::take(&mut self.frozen));
         self.release_clients();
+        let frozen = std::mem::take(&mut self.frozen);
+        // It may have to wait for a command; kept, so that a cancel that comes just now waits for it too.
+        let thawing = self
+            .thawing
+            .get_or_insert_with(|| spawn_blocking(move || drop(frozen)));
+        let _ = thawing.await;
+        self.thawing = None;
         if let Some(freezing) = self.freezing.take() {
             drop(freezing.await);
         }

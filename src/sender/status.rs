@@ -1,4 +1,4 @@
-//! What is known of an attempt, and how `query-migrate` shows it.
+//! What is known of an attempt.
 
 mod shown;
 

@@ -63,6 +63,8 @@ enum State {
 #[derive(Debug)]
 pub(super) struct Lending {
     state: State,
+    /// The last window was not all copied.
+    works: bool,
     pause: Duration,
 }
 
@@ -78,6 +80,7 @@ impl Lending {
                 },
                 false => State::Never,
             },
+            works: false,
             pause: PAUSE_MIN,
         }
     }
@@ -85,6 +88,11 @@ impl Lending {
     /// Whether the next packet is to be lent.
     pub(super) fn lends(&self) -> bool {
         matches!(self.state, State::Lends { .. })
+    }
+
+    /// Whether lending is known to save the copy, so that preparing more for it pays.
+    pub(super) fn works(&self) -> bool {
+        self.works
     }
 
     /// Looks at what the channel has released since it was made.
@@ -108,6 +116,7 @@ impl Lending {
                 if window.sends < WINDOW_SENDS {
                     return None;
                 }
+                self.works = !window.all_copied();
                 if window.all_copied() {
                     let until = now + self.pause;
                     self.state = State::Copies { until };
@@ -138,11 +147,13 @@ mod tests {
         let now = Instant::now();
         let mut lending = Lending::new(true);
         assert_eq!(lending.step(flush(7, 7), now), None);
+        assert!(!lending.works());
         assert_eq!(lending.step(flush(8, 7), now), None);
+        assert!(lending.works());
         assert_eq!(lending.step(flush(15, 14), now), None);
         assert!(lending.lends());
         assert_eq!(lending.step(flush(16, 15), now), Some(Change::FellBack));
-        assert!(!lending.lends());
+        assert!(!lending.lends() && !lending.works());
         assert_eq!(lending.step(flush(16, 15), now), None);
         let mut never = Lending::new(false);
         assert_eq!(never.step(flush(0, 0), now + PAUSE_MAX), None);

@@ -119,7 +119,6 @@ impl OutgoingStream {
         stats: Arc<StreamStats>,
         tell: Tell,
     ) -> Self {
-        let window = Window::new(setup.window);
         let Opened {
             channel,
             engine,
@@ -130,6 +129,7 @@ impl OutgoingStream {
             index,
             channel,
             inspector: Inspector::new(setup.integrity),
+            window: Window::new(setup.window),
             setup,
             lending: Lending::new(engine.is_some()),
             engine,
@@ -139,11 +139,7 @@ impl OutgoingStream {
             piece: Piece::default(),
             frame: Vec::new(),
             torn_table: TornTable::default(),
-            totals: StreamTotals {
-                packets: 0,
-                bytes: 0,
-            },
-            window,
+            totals: StreamTotals::default(),
         }
     }
 
@@ -309,6 +305,10 @@ impl OutgoingStream {
         }
         if !self.lending.lends() {
             return WriteFlags::NONE;
+        }
+        if !self.lending.works() {
+            // Registering pins the whole Region: for nothing, if the kernel copies.
+            return WriteFlags::ZERO_COPY;
         }
         // Registered pages go stale where a hole is punched. A stale page arrives torn and is owed again,
         // so at the last it has to come from the file itself.

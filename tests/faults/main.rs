@@ -22,6 +22,7 @@ mod observe;
 mod report;
 mod scene;
 mod soak;
+mod watchdog;
 
 use std::env;
 use std::fmt;
@@ -37,12 +38,14 @@ use serde_json::json;
 use matrix::{BLOCK_PAGES, Cell, FLIPS, Fault, LIVE_ITERATIONS, Phase, REGION_BYTES, Tracking};
 use report::{Report, Verdict};
 use scene::{Scene, Setup};
+use watchdog::Watchdog;
 
 /// Scenes at a time. Most of their time is waiting.
 const JOBS: usize = 6;
 
-/// How often a cell may miss its moment: a writer that wrote nothing between two passes leaves no packet.
-const TRIES: usize = 3;
+/// How often a cell may miss its moment (a writer that wrote nothing between two passes leaves no packet), or be
+/// spoilt by a machine that stood still.
+const TRIES: usize = 4;
 
 /// One thing to play.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,6 +152,7 @@ fn main() -> ExitCode {
     lab::enter();
     let cases = Mutex::new(arguments.cases());
     let report = Mutex::new(Report::new());
+    let watchdog = Watchdog::start();
     thread::scope(|scope| {
         for _ in 0..arguments.jobs {
             scope.spawn(|| {
@@ -156,7 +160,7 @@ fn main() -> ExitCode {
                     let Some(case) = cases.lock().unwrap().next() else {
                         return;
                     };
-                    let verdict = judge(case);
+                    let verdict = judge(case, &watchdog);
                     report.lock().unwrap().add(case, verdict);
                 }
             });
@@ -172,14 +176,16 @@ fn main() -> ExitCode {
 }
 
 /// Plays a case until its moment comes, and compares what came of it.
-fn judge(case: Case) -> Verdict {
+fn judge(case: Case, watchdog: &Watchdog) -> Verdict {
     if let Case::Cell(cell) = case
         && cell.fault.needs_lab()
         && !lab::is_inside()
     {
         return Verdict::Skipped;
     }
+    let mut wrong = "its moment never came".to_owned();
     for _ in 0..TRIES {
+        let began = Instant::now();
         let played = panic::catch_unwind(AssertUnwindSafe(|| match case {
             Case::Cell(cell) => play(cell),
             Case::Random(seed) => Some(Verdict::Ran(soak::play(seed))),
@@ -190,11 +196,15 @@ fn judge(case: Case) -> Verdict {
             Err(panic) => {
                 let text = panic.downcast_ref::<String>().cloned();
                 let text = text.or_else(|| panic.downcast_ref::<&str>().map(|&s| s.to_owned()));
-                return Verdict::Wrong(text.unwrap_or_default());
+                wrong = text.unwrap_or_default();
+                if !watchdog.was_disturbed(began) {
+                    return Verdict::Wrong(wrong);
+                }
+                eprintln!("AGAIN {case}: this machine stood still; {wrong}");
             }
         }
     }
-    Verdict::Wrong("its moment never came".to_owned())
+    Verdict::Wrong(wrong)
 }
 
 /// `None`: its moment did not come.

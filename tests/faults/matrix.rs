@@ -325,7 +325,8 @@ impl Cell {
     /// The codes with which it may fail.
     pub(crate) fn codes(&self) -> &'static [&'static str] {
         match self.fault {
-            Fault::Kill(Process::Writer) => &["writer-gone"],
+            // A process that is being killed runs once more.
+            Fault::Kill(Process::Writer) => &["writer-gone", "not-frozen"],
             Fault::ContinueWriter => &["not-frozen"],
             Fault::FlipAlways => &["corrupt"],
             Fault::Full => &["no-space"],
@@ -334,7 +335,7 @@ impl Cell {
         }
     }
 
-    /// What may come of it. A lost connection before the commit may be repaired, or end the transfer.
+    /// What may come of it. Before the commit a lost connection is replaced, and the transfer goes on.
     pub(crate) fn allowed(&self) -> &'static [Outcome] {
         if self.phase == Phase::After {
             return &[Identical];
@@ -352,15 +353,18 @@ impl Cell {
             Fault::ContinueWriter | Fault::FlipAlways => &[Failed],
             Fault::Kill(Process::Writer) => match self.phase {
                 Phase::Commit | Phase::Committed => &[Identical],
-                _ => &[Failed, Identical],
+                _ => &[Failed],
             },
-            Fault::Kill(Process::Sender) => self.lost(&[ResolvedSource, ResolvedDestination]),
+            Fault::Kill(Process::Sender) => match self.phase {
+                Phase::Commit => &[ResolvedSource, ResolvedDestination],
+                Phase::Committed => &[ResolvedDestination],
+                _ => &[Failed],
+            },
             // What was held is passed on: `prepared` and `committed` outlive who said them.
             Fault::Kill(Process::Receiver) => match self.phase {
-                Phase::Prepared => &[Failed, ResolvedSource],
-                Phase::Commit => &[ResolvedSource],
-                Phase::Committed => &[Identical, ResolvedDestination],
-                _ => &[Failed, Identical],
+                Phase::Prepared => &[ResolvedSource],
+                Phase::Committed => &[Identical],
+                _ => self.lost(&[ResolvedSource]),
             },
             Fault::Hang(Process::Receiver | Process::Writer) => match self.phase {
                 // Its kernel took it off the line before it stopped: it may go on to find it there.
@@ -372,11 +376,8 @@ impl Cell {
                 Phase::Prepare | Phase::Prepared => &[Failed, Identical, ResolvedSource],
                 _ => self.lost(&[Identical, ResolvedDestination]),
             },
-            Fault::ResetStream | Fault::ResetStreams => match self.phase {
-                // The streams have done their work.
-                Phase::Prepared | Phase::Commit | Phase::Committed => &[Identical],
-                _ => &[Failed, Identical],
-            },
+            // From `prepared` on the streams have done their work.
+            Fault::ResetStream | Fault::ResetStreams => &[Identical],
             Fault::ResetConversation | Fault::ResetAll | Fault::Truncate | Fault::FlipFrame => {
                 self.lost(&[ResolvedSource])
             }
@@ -385,7 +386,8 @@ impl Cell {
                 Phase::Prepare => &[Failed, ResolvedSource],
                 Phase::Prepared => &[Failed, Identical, ResolvedDestination],
                 Phase::Commit | Phase::Committed => &[Identical],
-                _ => &[Failed, Identical],
+                // A frame in a place where it must not be ends the attempt.
+                _ => &[Failed],
             },
             Fault::PauseLong | Fault::PartitionLong | Fault::Deaf => match self.phase {
                 Phase::Prepared => &[Failed, Identical, ResolvedSource, ResolvedDestination],
@@ -405,13 +407,15 @@ impl Cell {
         }
     }
 
-    /// Lost before the commit: repaired or failed. Lost with the answer to the commit: the destination's.
-    /// Lost with the commit itself: as `commit` says.
+    /// Lost before the commit: replaced, though a writer that stands still does not wait for it beyond
+    /// freeze-timeout. Lost with the answer to the commit: the destination's. Lost with the commit itself: as
+    /// `commit` says.
     fn lost(&self, commit: &'static [Outcome]) -> &'static [Outcome] {
         match self.phase {
             Phase::Commit => commit,
             Phase::Committed => &[Identical, ResolvedDestination],
-            _ => &[Failed, Identical],
+            phase if phase.is_frozen() => &[Failed, Identical],
+            _ => &[Identical],
         }
     }
 }

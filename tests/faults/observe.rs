@@ -13,25 +13,25 @@ pub(crate) fn cpu(pid: i32) -> Duration {
     clock_gettime(clock).unwrap().into()
 }
 
-/// Threads and descriptors of a process, by kind.
+/// Threads and descriptors of a process.
 #[derive(Debug, Clone)]
 pub(crate) struct Footprint {
-    threads: BTreeMap<String, usize>,
+    threads: Vec<String>,
+    /// How many of each kind.
     descriptors: BTreeMap<String, usize>,
 }
 
 impl Footprint {
     pub(crate) fn of(pid: i32) -> Self {
-        let mut threads = BTreeMap::new();
-        for task in entries(pid, "task") {
-            // A thread may end while we look.
-            let name = fs::read_to_string(format!("{task}/comm")).unwrap_or_default();
-            // The runtime keeps idle threads of its pool for a while; they belong to no transfer.
-            if !name.is_empty() && !name.starts_with("tokio") {
-                *threads.entry(name.trim().to_owned()).or_default() += 1;
-            }
-        }
+        let threads = entries(pid, "task");
+        // A thread may end while we look.
+        let names = threads
+            .iter()
+            .filter_map(|task| fs::read_to_string(format!("{task}/comm")).ok());
+        // The runtime keeps idle threads of its pool for a while; they belong to no transfer.
+        let threads = names.filter(|name| !name.starts_with("tokio")).collect();
         let mut descriptors = BTreeMap::new();
+        let own_pagemap = format!("/proc/{pid}/pagemap");
         for descriptor in entries(pid, "fd") {
             if let Ok(target) = fs::read_link(descriptor) {
                 let target = target.to_string_lossy();
@@ -40,21 +40,24 @@ impl Footprint {
                 *descriptors.entry(kind.to_owned()).or_default() += 1;
             }
         }
+        // Opened once, with the first transfer, and kept.
+        if let Some(count) = descriptors.get_mut(&own_pagemap) {
+            *count -= 1;
+        }
         Self {
             threads,
             descriptors,
         }
     }
-}
 
-impl Footprint {
     /// Whether it holds no more than `before` did. Less is no leak: who connected before may be gone.
     pub(crate) fn is_within(&self, before: &Self) -> bool {
-        let no_more = |now: &BTreeMap<String, usize>, before: &BTreeMap<String, usize>| {
-            now.iter()
-                .all(|(kind, count)| before.get(kind).is_some_and(|before| count <= before))
-        };
-        no_more(&self.threads, &before.threads) && no_more(&self.descriptors, &before.descriptors)
+        let had = |kind| before.descriptors.get(kind).copied().unwrap_or(0);
+        self.threads.len() <= before.threads.len()
+            && self
+                .descriptors
+                .iter()
+                .all(|(kind, &count)| count <= had(kind))
     }
 }
 

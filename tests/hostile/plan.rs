@@ -104,14 +104,14 @@ impl Plan {
         );
         let when = match random.below(5) {
             0 => When::Bytes(random.below(4096)),
-            1 => When::Bytes(random.below(2 * size)),
+            1 => When::Bytes(random.below(size + size / 4)),
             // A last pass of any length, or of nothing; then the commit, a few hundred bytes.
             2 => {
                 let most = 1 << random.below(20);
                 When::Since("device", random.below(most))
             }
             3 => When::Since("pre-switchover", random.below(200)),
-            _ => When::Since("completing", random.below(1500)),
+            _ => When::Since("completing", random.below(700)),
         };
         Self {
             seed,

@@ -414,8 +414,11 @@ fn fill(
             crate::region::Access::Write,
         )
         .map_err(std::io::Error::other)?;
-        // Both sides of a comparison have it on the pages that the directory gives.
-        crate::sys::file::advise_huge_pages(region.mapping());
+        // Both sides of a comparison have it on the pages that the directory gives; islands would each be
+        // rounded up to a huge page, and there would be eight times the data.
+        if extents.len() == 1 {
+            crate::sys::file::advise_huge_pages(region.mapping());
+        }
         let mut noise = Box::<[u8]>::from(vec![0; 1 << 18]);
         for &(offset, length) in extents {
             region.populate(PageRange::covering(offset, length));

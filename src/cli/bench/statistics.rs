@@ -65,9 +65,12 @@ pub(super) enum Target {
 }
 
 impl Target {
-    /// `met` or `missed` where the interval leaves no doubt, else `open`: two programs that do the same are
-    /// never called different.
+    /// `met` or `missed` where the interval leaves no doubt, else `open`, also where there were too few runs
+    /// for an interval: two programs that do the same are rarely called different.
     pub(super) fn verdict(self, estimate: Estimate) -> &'static str {
+        if outside(estimate.runs) == 0 {
+            return "open";
+        }
         let (worst, best, bound) = match self {
             Self::AtLeast(bound) => (estimate.low, estimate.high, bound),
             Self::AtMost(bound) => (-estimate.high, -estimate.low, -bound),
@@ -119,7 +122,9 @@ mod tests {
 
     #[test]
     fn a_verdict_needs_the_whole_interval() {
-        let estimate = Estimate::of([0.9, 1.0, 1.1]).unwrap();
+        let few = Estimate::of([0.9, 1.0, 1.1]).unwrap();
+        assert_eq!(Target::AtLeast(1.2).verdict(few), "open");
+        let estimate = Estimate::of([0.9, 0.95, 1.0, 1.0, 1.05, 1.1]).unwrap();
         assert_eq!(Target::AtLeast(0.8).verdict(estimate), "met");
         assert_eq!(Target::AtLeast(1.0).verdict(estimate), "open");
         assert_eq!(Target::AtLeast(1.2).verdict(estimate), "missed");

@@ -1,0 +1,192 @@
+//! Stopping a process by SIGSTOP, through a descriptor of it.
+
+use std::fs;
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{FreezeError, Stopped};
+use crate::sys::process::PidFd;
+
+/// First and longest pause between two looks at a process that is being stopped.
+const LOOK_PAUSES: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(2));
+
+/// A process that writes, held by a descriptor so that its number cannot come to mean another one.
+#[derive(Debug)]
+pub struct Process {
+    pid: i32,
+    pidfd: PidFd,
+}
+
+impl Process {
+    /// The process that has the number `pid` now; checks that we may signal it.
+    pub fn open(pid: i32) -> Result<Self, FreezeError> {
+        let refused = |source| FreezeError::Process { pid, source };
+        let pidfd = PidFd::open(pid).map_err(refused)?;
+        pidfd.signal(0).map_err(refused)?;
+        Ok(Self { pid, pidfd })
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    pub(super) fn signal(&self, signal: i32) -> Result<(), FreezeError> {
+        match self.pidfd.signal(signal) {
+            Ok(()) => Ok(()),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                Err(FreezeError::Ended { pid: self.pid })
+            }
+            Err(source) => Err(FreezeError::Process {
+                pid: self.pid,
+                source,
+            }),
+        }
+    }
+
+    /// A thread that is not stopped, with its state; `None` once all are. What cannot be looked at
+    /// does not count as stopped: it is an error.
+    pub(super) fn running_thread(&self) -> Result<Option<(i32, char)>, FreezeError> {
+        let unseen = |source| FreezeError::Unseen {
+            pid: self.pid,
+            source,
+        };
+        let threads = match fs::read_dir(format!("/proc/{}/task", self.pid)) {
+            Err(error) if has_gone(&error) && self.pidfd.has_ended() => {
+                return Err(FreezeError::Ended { pid: self.pid });
+            }
+            threads => threads.map_err(unseen)?,
+        };
+        let mut running = None;
+        for entry in threads {
+            let entry = entry.map_err(unseen)?;
+            let stat = match fs::read_to_string(entry.path().join("stat")) {
+                Ok(stat) => stat,
+                // A thread that has just ended runs no more.
+                Err(error) if has_gone(&error) => continue,
+                Err(error) => return Err(unseen(error)),
+            };
+            let state = thread_state(&stat);
+            // A thread that has ended (Z, X) writes nothing any more; the others must be stopped.
+            if !matches!(state, Some('T' | 'Z' | 'X')) {
+                let thread = entry
+                    .file_name()
+                    .to_string_lossy()
+                    .parse()
+                    .unwrap_or(self.pid);
+                running = Some((thread, state.unwrap_or('?')));
+            }
+        }
+        // Asked last: if the process lives, the directory that was read was its own.
+        if self.pidfd.has_ended() {
+            return Err(FreezeError::Ended { pid: self.pid });
+        }
+        Ok(running)
+    }
+
+    /// Stops it; says whether it ran before.
+    pub(super) fn stop(&self, timeout: Duration) -> Result<bool, FreezeError> {
+        if self.running_thread()?.is_none() {
+            return Ok(false);
+        }
+        self.signal(libc::SIGSTOP)?;
+        let stopped = self.wait_until_stopped(timeout);
+        if stopped.is_err() {
+            let _ = self.signal(libc::SIGCONT);
+        }
+        stopped.map(|()| true)
+    }
+
+    fn wait_until_stopped(&self, timeout: Duration) -> Result<(), FreezeError> {
+        let started = Instant::now();
+        let mut pause = LOOK_PAUSES.0;
+        while let Some((thread, state)) = self.running_thread()? {
+            if started.elapsed() >= timeout {
+                let seconds = timeout.as_secs_f32();
+                return Err(FreezeError::TimedOut {
+                    pid: self.pid,
+                    seconds,
+                    thread,
+                    state,
+                });
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(LOOK_PAUSES.1);
+        }
+        Ok(())
+    }
+
+    /// That it still stands still.
+    pub(super) fn check(&self) -> Result<(), FreezeError> {
+        match self.running_thread()? {
+            None => Ok(()),
+            Some((thread, state)) => Err(FreezeError::Continued {
+                pid: self.pid,
+                thread,
+                state,
+            }),
+        }
+    }
+
+    /// Lets it go on; one that has ended needs nothing.
+    pub(super) fn thaw(&self) -> Result<(), FreezeError> {
+        match self.signal(libc::SIGCONT) {
+            Err(FreezeError::Ended { .. }) => Ok(()),
+            sent => sent,
+        }
+    }
+
+    pub(super) fn record(&self) -> Stopped {
+        Stopped::Pid {
+            pid: self.pid,
+            start_time: start_time(self.pid),
+        }
+    }
+}
+
+/// Whether a file under /proc is not there because what it tells of has ended.
+fn has_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}
+
+/// The state letter of a `/proc/…/stat` line: the name before it may contain anything, even `)`.
+fn thread_state(stat: &str) -> Option<char> {
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// When a process started, in clock ticks since boot: field 22 of proc_pid_stat(5).
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The state after the name is field 3.
+    stat.rsplit_once(") ")?
+        .1
+        .split(' ')
+        .nth(22 - 3)?
+        .parse()
+        .ok()
+}
+
+/// Lets a process of the journal go on, if the number still means the same one.
+pub(super) fn thaw_recorded(pid: i32, recorded: Option<u64>) -> Result<(), FreezeError> {
+    let process = match Process::open(pid) {
+        Err(FreezeError::Process { source, .. }) if has_gone(&source) => return Ok(()),
+        process => process?,
+    };
+    if start_time(pid) == recorded {
+        process.thaw()
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_name_cannot_pretend_a_state() {
+        assert_eq!(thread_state("12 (a) T (b) S 1 1"), Some('S'));
+    }
+}
