@@ -64,17 +64,22 @@ pub(crate) fn blocks(path: &Path) -> u64 {
 #[track_caller]
 pub(crate) fn assert_same(source: &Path, destination: &Path) {
     let (a, b) = (
-        std::fs::read(source).unwrap(),
-        std::fs::read(destination).unwrap(),
+        File::open(source).unwrap(),
+        File::open(destination).unwrap(),
     );
-    assert_eq!(a.len(), b.len(), "lengths differ");
+    let length = a.metadata().unwrap().len();
+    assert_eq!(length, b.metadata().unwrap().len(), "lengths differ");
+    let mut differing = Vec::new();
+    // A piece at a time: there may be little memory left beside the two of them.
+    let (mut of_a, mut of_b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     let page = usize::try_from(PAGE).unwrap();
-    let differing: Vec<usize> = a
-        .chunks(page)
-        .zip(b.chunks(page))
-        .enumerate()
-        .filter(|(_, (a, b))| a != b)
-        .map(|(page, _)| page)
-        .collect();
+    for offset in (0..length).step_by(of_a.len()) {
+        let count = usize::try_from(length - offset).unwrap().min(of_a.len());
+        a.read_exact_at(&mut of_a[..count], offset).unwrap();
+        b.read_exact_at(&mut of_b[..count], offset).unwrap();
+        let pages = of_a[..count].chunks(page).zip(of_b[..count].chunks(page));
+        let differ = pages.enumerate().filter(|(_, (a, b))| a != b);
+        differing.extend(differ.map(|(index, _)| offset / PAGE + index as u64));
+    }
     assert!(differing.is_empty(), "pages that differ: {differing:?}");
 }
