@@ -226,6 +226,7 @@ fn an_attempt_that_fails_leaves_prepared_memory_to_the_next() {
     assert_eq!(code, "region-busy");
     pair.sender.call("migrate_cancel", json!({"id": "r"}));
     pair.receiver.wait_arrival("r", "cancelled");
+    pair.sender.wait("r", "cancelled");
     assert_eq!(pair.held()["content"], "undefined");
     let (code, _) = pair.receiver.refusal("region-take", json!({"name": "r"}));
     assert_eq!(code, "not-committed");
@@ -316,6 +317,7 @@ fn history_and_what_was_handed_over_survive_a_restart() {
     pair.begin("r", json!({"uri": "unix:/nobody"}));
     pair.sender.wait("r", "failed");
     pair.transfer("r", json!({}));
+    pair.receiver.wait_arrival("r", "completed");
     pair.restart_receiver();
     pair.sender.kill();
     pair.sender = pair.stage.sender_with(&toml);

@@ -248,11 +248,12 @@ impl Attempt {
             if status == Status::Completed {
                 state.remaining_bytes = 0;
             }
+            if status.is_final() {
+                // Under the lock: who sees the end finds it in the history too.
+                self.history.add(self.shown(&state));
+            }
         }
         tracing::info!(id = %self.id, status = status.as_str(), "transfer");
-        if status.is_final() {
-            self.history.add(self.to_json());
-        }
         self.announce(status);
     }
 

@@ -6,12 +6,15 @@ use serde_json::{Value, json};
 
 use crate::limits::PAGE_BYTES;
 
-use super::{Attempt, IterationRow, Status, per_second};
+use super::{Attempt, IterationRow, State, Status, per_second};
 
 impl Attempt {
     /// The answer of `query-migrate`: QEMU's members and units, and finer ones of our own.
     pub(in crate::sender) fn to_json(&self) -> Value {
-        let state = self.lock();
+        self.shown(&self.lock())
+    }
+
+    pub(super) fn shown(&self, state: &State) -> Value {
         let total_time = state.ended.unwrap_or_else(Instant::now) - self.started;
         let transferred = self.sum(|s| s.transferred.get());
         // What this pass has settled so far is no longer to be sent.
