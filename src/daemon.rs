@@ -53,6 +53,13 @@ pub fn block_on<T>(future: impl Future<Output = Result<T, DaemonError>>) -> Resu
         .block_on(future)
 }
 
+/// Drops `what` on a thread where that may take a while, and waits for it: giving memory back takes tens
+/// of milliseconds per GiB of small pages, and clients are waiting for answers meanwhile.
+pub async fn let_go_of<T: Send + 'static>(what: T) {
+    // A panic in a destructor was reported where it happened.
+    let _ = tokio::task::spawn_blocking(move || drop(what)).await;
+}
+
 /// Who may use the control socket.
 #[must_use]
 pub fn access(config: &ControlConfig) -> Access {

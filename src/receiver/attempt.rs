@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::assembly::Assembly;
 use crate::config::HugePages;
+use crate::daemon::let_go_of;
 use crate::journal::Decision;
 use crate::limits::RECOVER_SECONDS_MAX;
 use crate::name::Name;
@@ -369,19 +370,21 @@ impl Attempt {
     /// Ends every thread and forgets the attempt; says whether it had been accepted. Files without a
     /// name vanish with their descriptors.
     async fn clean_up(&mut self) -> bool {
-        let accepted = self.accepted.take();
-        let entry = match accepted {
-            Some(mut accepted) => {
-                accepted.end_epoch().await;
-                self.receiver.lock().attempts.remove(&accepted.token);
-                Some(Arc::clone(&accepted.entry))
-            }
-            None => None,
-        };
+        let mut accepted = self.accepted.take();
+        if let Some(accepted) = &mut accepted {
+            accepted.end_epoch().await;
+        }
         if self.admitted {
             self.receiver.lock().holdings.ended(&self.id, false);
         }
-        entry.as_ref().inspect(|entry| entry.set_ended()).is_some()
+        let Some(accepted) = accepted else {
+            return false;
+        };
+        let entry = self.receiver.lock().attempts.remove(&accepted.token);
+        let ended = accepted.entry.end();
+        let_go_of((accepted, entry)).await;
+        ended.cancel();
+        true
     }
 
     fn report(&self, status: &str, error: Option<&AttemptError>) {
