@@ -16,7 +16,6 @@ use common::memory::{MIB, PAGE, dense, noise, sparse};
 use common::{Daemon, Pair, Stage, Writer, ended, listing, memferry, skip};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 /// Slow enough that whatever is to happen during a transfer of a few MiB happens during it.
 fn slowly() -> Value {
@@ -175,10 +174,10 @@ fn a_source_cut_during_the_transfer_is_an_error_and_no_signal() {
 fn a_source_with_a_page_that_cannot_be_read_is_named() {
     let mut pair = Pair::new();
     let image = pair.stage.path("image");
-    let Some(disk) = Mount::disk(&image) else {
+    let Some(disk) = common::mount::Mount::disk(&image, 16 * MIB) else {
         return;
     };
-    let source = disk.0.path().join("r");
+    let source = disk.path().join("r");
     dense(&source, 8 * MIB, 1);
     let file = File::open(&source).unwrap();
     file.sync_all().unwrap();
@@ -303,63 +302,12 @@ fn a_name_taken_during_the_transfer_is_not_replaced() {
     assert!(pair.receiver.log().contains("final name"));
 }
 
-/// A file system on a directory of its own; unmounted at the end.
-struct Mount(TempDir);
-
-impl Mount {
-    /// `None`, with a printed reason, where this is not allowed.
-    fn tmpfs(size: &str) -> Option<Self> {
-        Self::of(&["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
-    }
-
-    /// A disk in the file `image`, as [`tmpfs`](Self::tmpfs).
-    fn disk(image: &Path) -> Option<Self> {
-        File::create(image).unwrap().set_len(16 * MIB).unwrap();
-        let made = Command::new("mkfs.ext2").arg("-q").arg(image).output();
-        if !made.is_ok_and(|made| made.status.success()) {
-            eprintln!("skipped: no file system can be made here: mkfs.ext2 (package e2fsprogs)");
-            return None;
-        }
-        Self::of(&["-o", "loop", image.to_str().unwrap()])
-    }
-
-    fn of(what: &[&str]) -> Option<Self> {
-        let directory = tempfile::tempdir().unwrap();
-        let mount = Command::new("mount")
-            .args(what)
-            .arg(directory.path())
-            .output();
-        match mount {
-            Ok(output) if output.status.success() => Some(Self(directory)),
-            other => {
-                eprintln!("skipped: {what:?} cannot be mounted here: {other:?}");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let mut command = Command::new("umount");
-        let _ = command.arg("--lazy").arg(self.0.path()).status();
-    }
-}
-
-fn pair_on(directory: &Path) -> Pair {
-    let stage = Stage::new();
-    let receiver = stage.receiver_with("tcp:127.0.0.1:0", &format!("directory = {directory:?}"));
-    let pair = Pair::of(stage, receiver);
-    fs::create_dir_all(pair.stage.arrived()).unwrap();
-    pair
-}
-
 #[test]
 fn a_destination_that_is_too_small_is_refused_before_anything_is_sent() {
-    let Some(small) = Mount::tmpfs("2M") else {
+    let Some(small) = common::mount::Mount::tmpfs("size=2M") else {
         return;
     };
-    let mut pair = pair_on(small.0.path());
+    let mut pair = Pair::on(small.path());
     let writer = live(&mut pair, "r");
     let (code, text) = migrate(&pair, "r");
     assert_eq!(code, Some(9), "{text}");
@@ -372,31 +320,31 @@ fn a_destination_that_is_too_small_is_refused_before_anything_is_sent() {
     sparse(&hole, 64 * MIB, &[(MIB, PAGE)]);
     pair.add("hole", &hole);
     pair.transfer("hole", json!({}));
-    common::memory::assert_same(&hole, &small.0.path().join("hole"));
+    common::memory::assert_same(&hole, &small.path().join("hole"));
     pair.assert_nothing_happened(&[]);
-    assert_eq!(listing(small.0.path()), ["hole"]);
+    assert_eq!(listing(small.path()), ["hole"]);
 }
 
 #[test]
 fn a_destination_that_others_fill_up_is_an_error_and_no_signal() {
-    let Some(small) = Mount::tmpfs("5M") else {
+    let Some(small) = common::mount::Mount::tmpfs("size=5M") else {
         return;
     };
-    let mut pair = pair_on(small.0.path());
+    let mut pair = Pair::on(small.path());
     let writer = live(&mut pair, "r");
     pair.begin("r", slowly());
     wait_under_way(&mut pair, "r");
     // Takes what is left, and keeps it.
-    let thief = small.0.path().join("thief");
+    let thief = small.path().join("thief");
     let _ = fs::write(&thief, noise(5 * MIB, 1));
     pair.sender.wait_failed("r", "no-space");
     writer.assert_runs();
     pair.receiver.wait_arrival("r", "failed");
     pair.assert_nothing_happened(&[]);
-    assert_eq!(listing(small.0.path()), ["thief"]);
+    assert_eq!(listing(small.path()), ["thief"]);
     fs::remove_file(&thief).unwrap();
     pair.transfer("r", json!({}));
-    common::memory::assert_same(&writer.path, &small.0.path().join("r"));
+    common::memory::assert_same(&writer.path, &small.path().join("r"));
 }
 
 #[test]
