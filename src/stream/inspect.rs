@@ -79,6 +79,15 @@ impl Inspector {
         }
         Ok(())
     }
+
+    /// That the data of `table` can still be read; the error says where it cannot, or that the file was resized.
+    pub(super) fn check_readable(&mut self, region: &Region) -> Result<(), RegionError> {
+        region.check_length()?;
+        for block in self.table.data().flat_map(blocks) {
+            region.read(block, &mut self.buffer)?;
+        }
+        Ok(())
+    }
 }
 
 /// Sorts the pages of one block into runs, and adds those to `table`.

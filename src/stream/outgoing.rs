@@ -262,8 +262,8 @@ impl OutgoingStream {
                 .and_then(|()| writev_all(&mut *self.channel, &spans, flags))
         };
         if let Err(error) = sent {
-            // EFAULT is how the kernel says that the file no longer reaches this far.
-            region.check_length()?;
+            // EFAULT is how the kernel says that the file no longer reaches this far, or that a page is unreadable.
+            self.inspector.check_readable(&region)?;
             return Err(self.io_error("the receiver takes no data", error));
         }
         self.totals.packets += 1;
