@@ -73,11 +73,11 @@ def missed(summary, costs):
         active = row["zero-copy"]["path"]
         if row["engine"] not in ("off", "auto") and row["sends"] == 0:
             found.append(f"{name}: nothing was lent ({active}: {row['zero-copy']['reason']})")
+        if row["engine"] not in ("off", "auto") and active != row["engine"]:
+            found.append(f"{name}: went by {active} ({row['zero-copy']['reason']})")
         most = COST_MAX.get((row["engine"], row["pages"]))
         if not costs or most is None or row["integrity"] != "off":
             continue
-        if active != row["engine"]:
-            found.append(f"{name}: went by {active} ({row['zero-copy']['reason']})")
         if row["of-plain"] > most:
             found.append(f"{name}: the sender took {row['of-plain']:.3f} of plain sends, more than {most:.3f}")
     return found
