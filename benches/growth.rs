@@ -81,7 +81,9 @@ fn row(gib: u64) {
     let runs: Vec<_> = timed(gib, || scattered.runs().map(owed_run).collect());
     let plan_bytes = runs.len() * size_of::<Run>();
     timed(gib, || {
-        each_piece(runs, |piece| drop(black_box(&piece.runs)))
+        each_piece(runs, |piece| {
+            black_box(&piece.runs);
+        });
     });
     drop(scattered);
     drop(owed);

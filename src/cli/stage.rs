@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::statvfs::statvfs;
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
@@ -20,6 +20,7 @@ use super::exit::Exit;
 use super::interrupts::Interrupts;
 use crate::client::{ClientError, Connection};
 use crate::config::units::{Rate, Size};
+use crate::sys::process::PidFd;
 
 /// How long a process of ours may take to be ready, apart from filling its memory.
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(20);
@@ -280,15 +281,20 @@ impl Process {
     }
 
     /// Asks it to end, and waits until it has.
-    pub(super) fn interrupt(mut self) -> Result<(), StageError> {
-        let asked = kill(Pid::from_raw(self.pid()), Signal::SIGINT).map_err(io::Error::from);
-        let ended = asked.and_then(|()| self.0.wait());
-        ended.map_err(local(format!("end {}", self.1)))?;
+    pub(super) fn quit(mut self) -> Result<(), StageError> {
+        // What ends this program is blocked in it, to be read instead, and so in its children.
+        let doing = || local(format!("end {}", self.1));
+        let pidfd = PidFd::open(self.pid()).map_err(doing())?;
+        pidfd.signal(Signal::SIGQUIT as i32).map_err(doing())?;
+        if !pidfd.ends_within(START_DEADLINE) {
+            return Err(doing()(io::ErrorKind::TimedOut.into()));
+        }
+        let _ = self.0.wait();
         Ok(())
     }
 
     fn has_ended(&self) -> bool {
-        crate::sys::process::PidFd::open(self.pid()).map_or(true, |pidfd| pidfd.has_ended())
+        PidFd::open(self.pid()).map_or(true, |pidfd| pidfd.has_ended())
     }
 }
 

@@ -141,7 +141,11 @@ impl Bench<'_> {
 
         let mut measured: Vec<_> = calls
             .into_iter()
-            .map(|calls| Measured::of(vec![number(calls) / gib]))
+            .map(|(calls, frequent)| {
+                let mut measured = Measured::of(vec![number(calls) / gib]);
+                measured.note = frequent;
+                measured
+            })
             .collect();
         let mut notices = Measured::of(vec![share(notices * 1000, lent.max(1))]);
         notices.note = format!("{lent} sends were lent");

@@ -152,6 +152,10 @@ impl Page {
             self.name(row, y);
             self.line((at(value.low), y), (at(value.high), y), 3.0, colour);
             self.dot(at(value.median), y, colour);
+            if target.margin(value.median).log2() > DOUBLINGS {
+                // Better than the scale shows.
+                self.text(RIGHT + 4.0, y + 4.0, "start", 12.0, colour, "›");
+            }
             let Estimate {
                 median, low, high, ..
             } = value;
@@ -231,8 +235,10 @@ impl Page {
         if grown.is_empty() {
             return;
         }
-        self.heading("Growth: throughput as a share of the best, by how many there are");
-        let (top, width) = (self.y, (WIDTH - 60.0 - 2.0 * GAP) / 3.0);
+        self.heading(
+            "Growth: throughput as a share of the best, by how many there are (0.8 is asked)",
+        );
+        let (top, width) = (self.y + 4.0, (WIDTH - 60.0 - 2.0 * GAP) / 3.0);
         for (index, row) in (0..).zip(grown) {
             let left = 44.0 + f64::from(index) * (width + GAP);
             for tenths in [0, 2, 4, 6, 8, 10] {

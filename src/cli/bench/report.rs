@@ -104,12 +104,14 @@ impl Row {
         Some(self.figure.target?.verdict(self.value()?))
     }
 
-    /// What is asked: `≥ 0.95 ×`.
+    /// What is asked: `≥ 0.95 ×`; the unit alone if nothing is.
     pub(super) fn asked(&self) -> String {
-        let target = self.figure.target.map(|target| target.to_string());
-        format!("{} {}", target.unwrap_or_default(), self.figure.unit)
-            .trim()
-            .to_owned()
+        let Figure { target, unit, .. } = self.figure;
+        match target {
+            Some(target) => format!("{target} {unit}").trim_end().to_owned(),
+            None if unit.is_empty() => String::new(),
+            None => format!("in {unit}"),
+        }
     }
 
     /// The verdict with by how much, or why there is none.

@@ -147,7 +147,7 @@ impl std::fmt::Display for Target {
         match self {
             Self::AtLeast(bound) => write!(f, "≥ {bound}"),
             Self::AtMost(bound) => write!(f, "≤ {bound}"),
-            Self::Same => f.write_str("1 within"),
+            Self::Same => f.write_str("≈ 1"),
         }
     }
 }

@@ -10,6 +10,8 @@ use crate::cli::stage::{Process, Stage, StageError, local};
 const PROGRAM: &str = "strace";
 const DEADLINE: Duration = Duration::from_secs(20);
 const LOOK_PAUSE: Duration = Duration::from_millis(5);
+/// Calls that are named.
+const SHOWN: usize = 5;
 
 /// strace that follows all threads of a process.
 #[derive(Debug)]
@@ -70,16 +72,21 @@ impl Trace {
 
     /// What it has written.
     fn end(self) -> Result<String, StageError> {
-        self.tracer.interrupt()?;
+        self.tracer.quit()?;
         fs::read_to_string(&self.log).map_err(local("read what strace wrote"))
     }
 
-    /// How many calls there were.
-    pub(super) fn calls(self) -> Result<u64, StageError> {
-        let table = self.end()?;
-        total(&table).ok_or_else(|| {
-            local("count system calls")(std::io::Error::other("strace wrote no total"))
-        })
+    /// How many calls there were, and the most frequent ones in words.
+    pub(super) fn calls(self) -> Result<(u64, String), StageError> {
+        let mut rows = calls(&self.end()?);
+        rows.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        let total = rows.iter().map(|(_, count)| count).sum();
+        let shown: Vec<_> = rows
+            .iter()
+            .take(SHOWN)
+            .map(|(name, count)| format!("{name} {count}"))
+            .collect();
+        Ok((total, shown.join(", ")))
     }
 
     /// How many messages came from error queues of sockets.
@@ -102,10 +109,15 @@ fn is_traced(pid: i32) -> bool {
     })
 }
 
-/// The calls in the last line of the table: `100.00 0.001 12 345 [errors] total`.
-fn total(table: &str) -> Option<u64> {
-    let line = table.lines().rfind(|line| line.ends_with(" total"))?;
-    line.split_whitespace().nth(3)?.parse().ok()
+/// The rows of the table, which are `100.00 0.001 12 345 [errors] name`.
+fn calls(table: &str) -> Vec<(String, u64)> {
+    let row = |line: &str| {
+        let mut words = line.split_whitespace();
+        let count = words.nth(3)?.parse().ok()?;
+        Some((words.next_back()?.to_owned(), count))
+    };
+    let rows = table.lines().filter_map(row);
+    rows.filter(|(name, _)| name != "total").collect()
 }
 
 /// A call that found nothing ends in an error instead of in 0.
@@ -120,18 +132,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_total_of_calls_is_found_with_and_without_errors() {
+    fn calls_are_read_with_and_without_errors() {
         let table = "% time     seconds  usecs/call     calls    errors syscall\n\
                      ------ ----------- ----------- --------- --------- ----------------\n\
-                     100.00    0.010000          10      1000         3 read\n\
+                      80.00    0.008000           8      1000         3 read\n\
+                      20.00    0.002000           2        20           sendmsg\n\
                      ------ ----------- ----------- --------- --------- ----------------\n\
-                     100.00    0.010000          10      1000         3 total\n";
-        assert_eq!(total(table), Some(1000));
-        assert_eq!(
-            total("100.00    0.000001           1         7           total"),
-            Some(7)
-        );
-        assert_eq!(total(""), None);
+                     100.00    0.010000          10      1020         3 total\n";
+        let row = |name: &str, count| (name.to_owned(), count);
+        assert_eq!(calls(table), [row("read", 1000), row("sendmsg", 20)]);
+        assert_eq!(calls(""), []);
     }
 
     #[test]
