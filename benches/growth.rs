@@ -119,7 +119,7 @@ fn owed_run(range: PageRange) -> Run {
 }
 
 fn each_piece(runs: Vec<Run>, mut each: impl FnMut(&Piece)) {
-    let plan = Plan::new(1, PACKET_BYTES_DEFAULT, runs);
+    let plan = Plan::new(1, PACKET_BYTES_DEFAULT, 1, runs);
     let mut piece = Piece::default();
     while plan.next(&mut piece) {
         each(&piece);

@@ -3,20 +3,19 @@
 //! A transfer pays for each of them per page, per block or per packet; `memferry bench` measures the whole.
 #![allow(clippy::unwrap_used, reason = "a measurement ends by a panic")]
 
+use std::cell::RefCell;
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
 use memferry::channel::ledger::Ledger;
-use memferry::dirty::Fingerprints;
+use memferry::dirty::{Fingerprints, PagemapTracker};
 use memferry::iteration::{Look, Piece, Plan, Run};
 use memferry::limits::{BLOCK_LEN, PACKET_BYTES_DEFAULT, PAGE_BYTES, PAGE_LEN};
 use memferry::pages::{PageRange, PageSet, pages_in};
 use memferry::region::{Access, Mapping};
 use memferry::stream::is_zero;
-use memferry::sys::pagemap::{self, AddressRange, PageRegion};
 use memferry::sys::uffd::Uffd;
 use memferry::wire::{self, DataHeader, Header, Table};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -43,9 +42,8 @@ fn noise(len: usize) -> Vec<u8> {
 /// Memory that is tracked by the kernel and that is all there.
 struct Tracked {
     mapping: Arc<Mapping>,
-    _uffd: Uffd,
-    pagemap: File,
-    buffer: Vec<PageRegion>,
+    tracker: PagemapTracker,
+    owed: PageSet,
 }
 
 impl Tracked {
@@ -56,29 +54,20 @@ impl Tracked {
         memferry::sys::file::populate(&mapping.whole(), Access::Write).unwrap();
         let uffd = Uffd::new().unwrap();
         uffd.track(&mapping).unwrap();
-        let mut tracked = Self {
+        let pagemap = memferry::sys::pagemap::own().unwrap();
+        let address = mapping.address().unwrap().addr().get() as u64;
+        let mut tracker = PagemapTracker::new(pagemap.into(), uffd.into(), address, bytes).unwrap();
+        tracker.arm().unwrap();
+        Self {
             mapping,
-            _uffd: uffd,
-            pagemap: pagemap::own().unwrap(),
-            buffer: vec![PageRegion::default(); 1024],
-        };
-        tracked.harvest();
-        tracked
+            tracker,
+            owed: PageSet::empty(pages_in(bytes)),
+        }
     }
 
-    /// How many bytes were written since the last time.
-    fn harvest(&mut self) -> u64 {
-        let start = self.mapping.address().unwrap().addr().get() as u64;
-        let len = self.mapping.len() as u64;
-        let mut written = 0;
-        pagemap::written_and_protect(
-            self.pagemap.as_fd(),
-            AddressRange { start, len },
-            &mut self.buffer,
-            |start, end| written += end - start,
-        )
-        .unwrap();
-        written
+    /// How many pages were written since the last time.
+    fn take(&mut self) -> u64 {
+        self.tracker.take(&mut self.owed).unwrap()
     }
 
     /// Writes into every page that is this far from the one before.
@@ -89,26 +78,32 @@ impl Tracked {
     }
 }
 
-/// One `PAGEMAP_SCAN` over 1 GiB; of so many pages one was written, or none.
+/// Asking the kernel what was written of 1 GiB: one page of so many, or none (0).
 #[divan::bench(args = [0, 1, 16, 256], sample_count = 20, sample_size = 1)]
 fn harvest_gib(bencher: Bencher<'_, '_>, one_of: usize) {
-    let mut tracked = Tracked::new(GIB);
-    bencher.counter(BytesCount::new(GIB)).bench_local(|| {
-        // The writes are part of the time only where there are any; the first row is the scan alone.
-        if one_of > 0 {
-            tracked.write_every(one_of);
-        }
-        black_box(tracked.harvest())
-    });
+    let tracked = RefCell::new(Tracked::new(GIB));
+    bencher
+        .with_inputs(|| {
+            if one_of > 0 {
+                tracked.borrow().write_every(one_of);
+            }
+        })
+        .bench_local_values(|()| tracked.borrow_mut().take());
 }
 
-/// The page faults that the row before it has in it: writing pages that are protected.
+/// That all of 1 GiB is still tracked.
+#[divan::bench(sample_count = 20, sample_size = 1)]
+fn coverage_gib(bencher: Bencher<'_, '_>) {
+    let tracked = Tracked::new(GIB);
+    bencher.bench_local(|| tracked.tracker.check_coverage().unwrap());
+}
+
+/// What the writer pays: writing one page of so many of 1 GiB, all of which are protected.
 #[divan::bench(args = [1, 16, 256], sample_count = 20, sample_size = 1)]
 fn write_protected_gib(bencher: Bencher<'_, '_>, one_of: usize) {
-    let tracked = std::cell::RefCell::new(Tracked::new(GIB));
+    let tracked = RefCell::new(Tracked::new(GIB));
     bencher
-        .with_inputs(|| tracked.borrow_mut().harvest())
-        .counter(BytesCount::new(GIB))
+        .with_inputs(|| tracked.borrow_mut().take())
         .bench_local_values(|_| tracked.borrow().write_every(one_of));
 }
 
@@ -127,7 +122,7 @@ fn cut_gib(bencher: Bencher<'_, '_>, one_of: u64) {
         (0..pages / one_of).map(|n| run(n * one_of, 1)).collect()
     };
     bencher
-        .with_inputs(|| Plan::new(1, PACKET_BYTES_DEFAULT, runs.clone()))
+        .with_inputs(|| Plan::new(1, PACKET_BYTES_DEFAULT, 1, runs.clone()))
         .counter(BytesCount::new(GIB))
         .bench_local_values(|plan| {
             let mut piece = Piece::default();
