@@ -335,15 +335,22 @@ pub struct BenchArgs {
     /// What to measure; may be repeated. Without it, everything.
     #[arg(long = "case", value_name = "NAME")]
     pub cases: Vec<String>,
-    /// Size of the Region that is moved.
-    #[arg(long, default_value = "1GiB")]
-    pub size: Size,
-    /// Pairs of runs for each comparison; six or more give an interval of 95 %.
-    #[arg(long, default_value_t = 9, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=1000))]
-    pub runs: u16,
+    /// Be done in two minutes: less memory, and too few runs for most verdicts.
+    #[arg(long)]
+    pub quick: bool,
+    /// Size of the Region that is moved; by default 1GiB, or 256MiB to be quick.
+    #[arg(long)]
+    pub size: Option<Size>,
+    /// Pairs of runs for each comparison; six or more give an interval of 95 %. By default as many as take
+    /// about 20 seconds, at least six and at most nine.
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub runs: Option<u16>,
     /// Where both sides keep their memory. Huge pages need a tmpfs that is mounted with huge=advise.
     #[arg(long, default_value = "/dev/shm", value_name = "DIRECTORY")]
     pub directory: PathBuf,
+    /// Draw the figures, as an SVG image.
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
     /// Print everything as one line of JSON.
     #[arg(long)]
     pub json: bool,

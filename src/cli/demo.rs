@@ -48,6 +48,7 @@ fn show(args: &DemoArgs, interrupts: Option<&Interrupts>) -> Result<Exit, StageE
         args.size,
         args.dirty_rate,
         args.working_set.min(args.size),
+        None,
     )?;
     let order = json!({
         "uri": listening["listen"][0],

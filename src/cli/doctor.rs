@@ -238,7 +238,35 @@ fn hugetlb() -> Finding {
     }
 }
 
-/// The mount that `directory` is on, by the longest mount point that leads to it.
+/// A mount, as far as memory files are concerned.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Mount<'a> {
+    point: &'a str,
+    kind: &'a str,
+    /// When a tmpfs gives huge pages; `None` if its options do not say.
+    pub(super) huge: Option<&'a str>,
+}
+
+/// The mount that a directory, given without symbolic links, is on: by the longest mount point that leads
+/// to it.
+pub(super) fn mount_of<'a>(real: &Path, mountinfo: &'a str) -> Option<Mount<'a>> {
+    // id parent major:minor root point options… - type source super-options
+    let mounts = mountinfo.lines().filter_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        let point = left.split(' ').nth(4)?;
+        let mut right = right.split(' ');
+        let kind = right.next()?;
+        let options = right.nth(1).unwrap_or_default();
+        let huge = options
+            .split(',')
+            .find_map(|option| option.strip_prefix("huge="));
+        real.starts_with(point)
+            .then_some(Mount { point, kind, huge })
+    });
+    mounts.max_by_key(|mount| mount.point.len())
+}
+
+/// What `directory` is on, and whether it gives huge pages.
 fn mount(directory: &Path, mountinfo: &str) -> Finding {
     let what = "receive directory";
     let Ok(real) = directory.canonicalize() else {
@@ -248,22 +276,10 @@ fn mount(directory: &Path, mountinfo: &str) -> Finding {
             "only a receiver needs it; name another with --directory",
         );
     };
-    // id parent major:minor root point options… - type source super-options
-    let mounts = mountinfo.lines().filter_map(|line| {
-        let (left, right) = line.split_once(" - ")?;
-        let point = left.split(' ').nth(4)?;
-        let mut right = right.split(' ');
-        let kind = right.next()?;
-        let options = right.nth(1).unwrap_or_default();
-        real.starts_with(point).then_some((point, kind, options))
-    });
-    let Some((point, kind, options)) = mounts.max_by_key(|(point, ..)| point.len()) else {
+    let Some(Mount { point, kind, huge }) = mount_of(&real, mountinfo) else {
         return Finding::ok(what, "its mount is not visible here");
     };
     let found = format!("{} is on {kind} {point}", real.display());
-    let huge = options
-        .split(',')
-        .find_map(|option| option.strip_prefix("huge="));
     match (kind, huge) {
         ("hugetlbfs", _) => Finding::ok(what, found),
         ("tmpfs", Some("advise" | "always" | "within_size")) => Finding::ok(

@@ -10,13 +10,17 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use nix::sys::statvfs::statvfs;
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use super::exit::Exit;
 use super::interrupts::Interrupts;
 use crate::client::{ClientError, Connection};
 use crate::config::units::{Rate, Size};
+use crate::sys::process::PidFd;
 
 /// How long a process of ours may take to be ready, apart from filling its memory.
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(20);
@@ -123,10 +127,7 @@ impl<'a> Stage<'a> {
     }
 
     fn common_config(&self, who: &str) -> String {
-        let (socket, state) = (
-            self.path(&format!("{who}.sock")),
-            self.path(&format!("{who}.state")),
-        );
+        let (socket, state) = (self.socket(who), self.path(&format!("{who}.state")));
         let runtime = self.path(&format!("{who}.run"));
         format!(
             "[control]\nsocket = {socket:?}\n[state]\ndirectory = {state:?}\nruntime-directory = {runtime:?}\n"
@@ -137,13 +138,14 @@ impl<'a> Stage<'a> {
     pub(super) fn start(&self, who: &'static str, config: &str) -> Result<Process, StageError> {
         let path = self.path(&format!("{who}.toml"));
         fs::write(&path, config).map_err(local(format!("write {}", path.display())))?;
-        let mut command = self.command(who)?;
-        command
-            .arg(who)
-            .arg("--config")
-            .arg(path)
-            .stdout(Stdio::null());
-        let child = command.spawn().map_err(local(format!("start the {who}")))?;
+        let mut command = self.own_command(who)?;
+        command.arg(who).arg("--config").arg(path);
+        Self::spawn(who, command)
+    }
+
+    /// Starts what [`command`](Self::command) or its like prepared.
+    pub(super) fn spawn(who: &'static str, mut command: Command) -> Result<Process, StageError> {
+        let child = command.spawn().map_err(local(format!("start {who}")))?;
         Ok(Process(child, who))
     }
 
@@ -154,9 +156,10 @@ impl<'a> Stage<'a> {
         size: Size,
         dirty_rate: Rate,
         working_set: Size,
+        tracker: Option<&str>,
     ) -> Result<Process, StageError> {
         const WHO: &str = "writer";
-        let mut command = self.command(WHO)?;
+        let mut command = self.own_command(WHO)?;
         command
             .arg("workload")
             .args(["--size", &size.to_string()])
@@ -164,11 +167,11 @@ impl<'a> Stage<'a> {
             .args(["--working-set", &working_set.to_string(), "--path"])
             .arg(self.source())
             .arg("--register")
-            .arg(self.path("sender.sock"))
+            .arg(self.socket("sender"))
             .args(["--name", region])
+            .args(tracker.into_iter().flat_map(|kind| ["--tracker", kind]))
             .stdout(Stdio::piped());
-        let child = command.spawn().map_err(local("start the writer"))?;
-        let mut writer = Process(child, WHO);
+        let mut writer = Self::spawn(WHO, command)?;
         let mut output = writer.0.stdout.take().ok_or_else(|| StageError::Start {
             who: WHO,
             log: String::new(),
@@ -199,18 +202,33 @@ impl<'a> Stage<'a> {
         Ok(writer)
     }
 
-    /// This program, in a process group of its own: Ctrl-C is ours to handle, in order.
-    fn command(&self, who: &str) -> Result<Command, StageError> {
+    /// This program.
+    fn own_command(&self, who: &str) -> Result<Command, StageError> {
         let program = std::env::current_exe().map_err(local("find this program"))?;
+        self.command(who, &program)
+    }
+
+    /// A program whose complaints go to a log, in a process group of its own: Ctrl-C is ours to handle, in
+    /// order.
+    pub(super) fn command(&self, who: &str, program: &Path) -> Result<Command, StageError> {
         let log = self.path(&format!("{who}.log"));
         let log = File::create(&log).map_err(local(format!("write {}", log.display())))?;
         let mut command = Command::new(program);
-        command.stdin(Stdio::null()).stderr(log).process_group(0);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .process_group(0);
         crate::sys::process::die_with_parent(&mut command);
         Ok(command)
     }
 
-    fn log(&self, who: &str) -> String {
+    /// Where a process of that name serves its control socket.
+    pub(super) fn socket(&self, who: &str) -> PathBuf {
+        self.path(&format!("{who}.sock"))
+    }
+
+    pub(super) fn log(&self, who: &str) -> String {
         fs::read_to_string(self.path(&format!("{who}.log"))).unwrap_or_default()
     }
 
@@ -230,7 +248,7 @@ pub(super) struct Process(Child, &'static str);
 impl Process {
     /// Waits until the daemon serves its control socket.
     pub(super) fn connect(&self, stage: &Stage<'_>) -> Result<Connection, StageError> {
-        let socket = stage.path(&format!("{}.sock", self.1));
+        let socket = stage.socket(self.1);
         let started = Instant::now();
         loop {
             stage.check_interrupted()?;
@@ -254,8 +272,29 @@ impl Process {
         i32::try_from(self.0.id()).unwrap_or(i32::MAX)
     }
 
+    /// What it has used of the processors so far, ended threads included.
+    pub(super) fn cpu_time(&self) -> Result<Duration, StageError> {
+        let clock = clock_getcpuclockid(Pid::from_raw(self.pid()));
+        let time = clock.and_then(clock_gettime);
+        time.map(Duration::from)
+            .map_err(|errno| local(format!("ask for the CPU time of {}", self.1))(errno.into()))
+    }
+
+    /// Asks it to end, and waits until it has.
+    pub(super) fn quit(mut self) -> Result<(), StageError> {
+        // What ends this program is blocked in it, to be read instead, and so in its children.
+        let doing = || local(format!("end {}", self.1));
+        let pidfd = PidFd::open(self.pid()).map_err(doing())?;
+        pidfd.signal(Signal::SIGQUIT as i32).map_err(doing())?;
+        if !pidfd.ends_within(START_DEADLINE) {
+            return Err(doing()(io::ErrorKind::TimedOut.into()));
+        }
+        let _ = self.0.wait();
+        Ok(())
+    }
+
     fn has_ended(&self) -> bool {
-        crate::sys::process::PidFd::open(self.pid()).map_or(true, |pidfd| pidfd.has_ended())
+        PidFd::open(self.pid()).map_or(true, |pidfd| pidfd.has_ended())
     }
 }
 

@@ -176,7 +176,8 @@ fn judge(page: u64, bytes: &[u8], look: Look, fingerprints: Option<&Fingerprints
 
 /// Whether all bytes are zero: words ORed in steps of 256 bytes, so that a page that is not zero costs
 /// one step and the compiler vectorises the rest.
-fn is_zero(bytes: &[u8]) -> bool {
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
     const STEP: usize = 256;
     let mut steps = bytes.chunks_exact(STEP);
     steps.all(|step| {

@@ -1,62 +1,68 @@
-//! What is measured, and how good it must be.
+//! What is measured, and how good it must be. Nothing but the table.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::Duration;
+use super::statistics::Target;
 
-use serde_json::{Value, json};
-
-use super::report::{Row, Side};
-use super::rig::{Rig, Transfer};
-use super::statistics::{Estimate, Target};
-use super::{Sample, control, raw_loop};
-use crate::cli::args::BenchArgs;
-use crate::cli::interrupts::Interrupts;
-use crate::cli::stage::{Stage, StageError, local};
-use crate::config::units::{Rate, Size};
-use crate::name::Name;
-use crate::pages::PageRange;
-use crate::region::Region;
-
-const GIB: u64 = 1 << 30;
-const MIB: u64 = 1 << 20;
-
-/// The Region that most cases move.
-const DENSE: &str = "dense";
-const WRITTEN: &str = "written";
-
-/// One row.
+/// What is measured in one go, for one row or several.
 #[derive(Debug)]
 pub(super) struct Case {
     pub(super) name: &'static str,
-    pub(super) what: &'static str,
-    unit: &'static str,
-    target: Target,
-    how: How,
+    pub(super) how: How,
+    pub(super) figures: &'static [Figure],
 }
 
-/// How a row comes about.
+/// A row.
+#[derive(Debug)]
+pub(super) struct Figure {
+    pub(super) name: &'static str,
+    pub(super) what: &'static str,
+    pub(super) unit: &'static str,
+    /// What is asked of it; `None` where it is only good to know.
+    pub(super) target: Option<Target>,
+}
+
+/// How a case comes about.
 #[derive(Debug, Clone, Copy)]
-enum How {
+pub(super) enum How {
     /// The throughput of one side as a multiple of the other's.
-    Compare(Party, Party),
+    Compare(Destination, Party, Party),
+    /// As `Compare` with QEMU and cold memory, where the directory gives huge pages, or where not.
+    Mount {
+        huge: bool,
+    },
     /// 64 GiB that hold 256 MiB in islands, beside 256 MiB in one piece.
     Islands,
-    /// Downtime of a Region that nobody writes.
-    IdleDowntime,
-    /// Downtime of a Region that is written in a loop.
-    LoadDowntime,
-    /// Memory of the daemons themselves.
-    OwnMemory,
+    /// Downtime of memory that a writer registers and writes at this many MiB/s, with this tracker.
+    Downtime {
+        rate_mib: u64,
+        tracker: &'static str,
+    },
+    /// Memory of the daemons themselves, with this tracker.
+    OwnMemory(&'static str),
     /// Answers of the control socket at full rate.
     Control,
+    /// Throughput by the number of streams, Regions or transfers.
+    Streams,
+    Regions,
+    Attempts,
+    /// System calls and notices, under a tracer.
+    Traced,
+    Iperf,
+    /// Not from here; how else.
+    Elsewhere(&'static str),
+}
+
+/// What the destination's memory is before the time begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Destination {
+    /// Not there.
+    Cold,
+    /// There, with content, and announced to the receiver.
+    Prepared,
 }
 
 /// One side of a comparison, moving the same memory.
 #[derive(Debug, Clone, Copy)]
-enum Party {
+pub(super) enum Party {
     Raw {
         streams: usize,
     },
@@ -64,6 +70,10 @@ enum Party {
         streams: usize,
         integrity: &'static str,
         zero_copy: &'static str,
+    },
+    /// multifd with two channels; `populated`: its page tables are filled before it begins, as ours are.
+    Qemu {
+        populated: bool,
     },
 }
 
@@ -75,365 +85,106 @@ const fn ours(streams: usize, integrity: &'static str, zero_copy: &'static str) 
     }
 }
 
-const fn raw(streams: usize) -> Party {
-    Party::Raw { streams }
-}
+const PLAIN: Party = ours(2, "off", "off");
+const CHECKED: Party = ours(2, "crc32c", "off");
+const RAW: Party = Party::Raw { streams: 2 };
+pub(super) const MOUNT_PARTIES: (Party, Party) = (PLAIN, Party::Qemu { populated: false });
 
-const fn case(
+const fn figure(
     name: &'static str,
     what: &'static str,
     unit: &'static str,
     target: Target,
-    how: How,
-) -> Case {
-    Case {
+) -> Figure {
+    Figure {
         name,
         what,
         unit,
-        target,
-        how,
+        target: Some(target),
     }
 }
 
-/// All of them.
-pub(super) const CASES: &[Case] = &[
-    case(
-        "same",
-        "the raw loop beside itself: whether two identical programs pass here",
-        "×",
-        Target::AtLeast(1.0),
-        How::Compare(raw(2), raw(2)),
-    ),
-    case(
-        "cold",
-        "2 streams, integrity off, beside the raw loop; destination memory is cold",
-        "×",
-        Target::AtLeast(0.9),
-        How::Compare(ours(2, "off", "off"), raw(2)),
-    ),
-    case(
-        "cold-checked",
-        "the same with integrity on",
-        "×",
-        Target::AtLeast(0.8),
-        How::Compare(ours(2, "crc32c", "off"), raw(2)),
-    ),
-    case(
-        "one-stream",
-        "1 stream, integrity off, beside the raw loop with one",
-        "×",
-        Target::AtLeast(0.9),
-        How::Compare(ours(1, "off", "off"), raw(1)),
-    ),
-    case(
-        "zero-copy",
-        "zero copy asked for where the kernel copies, beside plain sends",
-        "×",
-        Target::AtLeast(0.95),
-        How::Compare(ours(2, "crc32c", "auto"), ours(2, "crc32c", "off")),
-    ),
-    case(
-        "islands",
-        "64 GiB with 256 MiB in 1024 islands: its time as a multiple of that of 256 MiB in one piece",
-        "×",
-        Target::AtMost(1.3),
-        How::Islands,
-    ),
-    case(
-        "idle-downtime",
-        "downtime of a region that nobody writes",
-        "ms",
-        Target::AtMost(1.0),
-        How::IdleDowntime,
-    ),
-    case(
-        "load-downtime",
-        "downtime of 1 GiB of which 512 MiB are written in a loop at 200 MiB/s",
-        "ms",
-        Target::AtMost(4.0),
-        How::LoadDowntime,
-    ),
-    case(
-        "own-memory",
-        "anonymous memory of the larger daemon, as a multiple of 32 MiB + 1/4096 of the region",
-        "×",
-        Target::AtMost(1.0),
-        How::OwnMemory,
-    ),
-    case(
-        "control",
-        "99 of 100 answers to 50 clients that poll 10 times a second during transfers",
-        "ms",
-        Target::AtMost(5.0),
-        How::Control,
-    ),
-];
-
-/// What the cases share.
-#[derive(Debug)]
-pub(super) struct Bench<'a> {
-    stage: Stage<'a>,
-    rig: Rig,
-    dense: Region,
-    runs: u16,
-}
-
-impl<'a> Bench<'a> {
-    pub(super) fn new(
-        args: &BenchArgs,
-        interrupts: Option<&'a Interrupts>,
-    ) -> Result<Self, StageError> {
-        let needed = Size(args.size.0.max(GIB).saturating_mul(3));
-        let stage = Stage::set(&args.directory, needed, interrupts)?;
-        let rig = Rig::start(&stage)?;
-        fill(&stage, DENSE, args.size.0, &[(0, args.size.0)])?;
-        let name = Name::new(DENSE).expect("a legal name");
-        let dense = Region::open(name, &stage.path(DENSE))
-            .map_err(|error| local("map the source")(std::io::Error::other(error)))?;
-        dense.populate(PageRange {
-            first: 0,
-            count: dense.pages(),
-        });
-        Ok(Self {
-            stage,
-            rig,
-            dense,
-            runs: args.runs,
-        })
-    }
-
-    pub(super) fn measure(&mut self, case: &Case) -> Result<Row, StageError> {
-        let mut sides = None;
-        let (values, note) = match case.how {
-            How::Compare(one, other) => {
-                let (ours, others, note) =
-                    self.alternate(|bench| bench.side(one), |bench| bench.side(other))?;
-                let ratios = ratios(&others, &ours);
-                let gib = gib(self.dense.bytes());
-                sides = Some([Side::of(&ours, gib), Side::of(&others, gib)]);
-                (ratios, note)
-            }
-            How::Islands => self.islands()?,
-            How::IdleDowntime => self.idle_downtime()?,
-            How::LoadDowntime => self.load_downtime()?,
-            How::OwnMemory => self.own_memory()?,
-            How::Control => self.control()?,
-        };
-        let estimate = Estimate::of(values).expect("at least one run");
-        Ok(Row {
-            case: case.name,
-            what: case.what,
-            unit: case.unit,
-            target: case.target,
-            estimate,
-            sides,
-            note,
-        })
-    }
-
-    /// Takes turns, and who begins changes. The first pair warms up and does not count.
-    fn alternate(
-        &mut self,
-        mut one: impl FnMut(&mut Self) -> Result<(Sample, String), StageError>,
-        mut other: impl FnMut(&mut Self) -> Result<(Sample, String), StageError>,
-    ) -> Result<(Vec<Sample>, Vec<Sample>, String), StageError> {
-        let (mut ones, mut others, mut note) = (Vec::new(), Vec::new(), String::new());
-        for run in 0..=self.runs {
-            let (first, second);
-            if run % 2 == 0 {
-                (first, note) = one(self)?;
-                second = other(self)?.0;
-            } else {
-                second = other(self)?.0;
-                (first, note) = one(self)?;
-            }
-            if run > 0 {
-                ones.push(first);
-                others.push(second);
-            }
-        }
-        Ok((ones, others, note))
-    }
-
-    fn side(&mut self, side: Party) -> Result<(Sample, String), StageError> {
-        self.stage.check_interrupted()?;
-        match side {
-            Party::Raw { streams } => {
-                let directory = self.stage.path("");
-                let sample = raw_loop::run(self.dense.mapping(), &directory, streams);
-                Ok((sample.map_err(local("run the raw loop"))?, String::new()))
-            }
-            Party::Ours {
-                streams,
-                integrity,
-                zero_copy,
-            } => {
-                let parameters =
-                    json!({"streams": streams, "integrity": integrity, "zero-copy": zero_copy});
-                let transfer = self.transfer(DENSE, &parameters)?;
-                let path = transfer.last["zero-copy"]["path"]
-                    .as_str()
-                    .unwrap_or_default();
-                Ok((transfer.sample, path.to_owned()))
-            }
-        }
-    }
-
-    fn transfer(&mut self, region: &str, parameters: &Value) -> Result<Transfer, StageError> {
-        self.rig.add(&self.stage, region)?;
-        self.rig.migrate(&self.stage, region, parameters)
-    }
-
-    fn islands(&mut self) -> Result<(Vec<f64>, String), StageError> {
-        let islands: Vec<_> = (0..1024)
-            .map(|island| (island * 64 * MIB, MIB / 4))
-            .collect();
-        fill(&self.stage, "islands", 64 * GIB, &islands)?;
-        fill(&self.stage, "piece", 256 * MIB, &[(0, 256 * MIB)])?;
-        let parameters = json!({"streams": 2});
-        let moving = |region: &'static str| {
-            let parameters = parameters.clone();
-            move |bench: &mut Self| Ok((bench.transfer(region, &parameters)?.sample, String::new()))
-        };
-        let (sparse, dense, note) = self.alternate(moving("islands"), moving("piece"))?;
-        Ok((ratios(&sparse, &dense), note))
-    }
-
-    fn idle_downtime(&mut self) -> Result<(Vec<f64>, String), StageError> {
-        let mut values = Vec::new();
-        for _ in 0..self.runs {
-            let transfer = self.transfer(DENSE, &json!({"streams": 2}))?;
-            values.push(downtime_ms(&transfer.last));
-        }
-        Ok((values, String::new()))
-    }
-
-    fn load_downtime(&mut self) -> Result<(Vec<f64>, String), StageError> {
-        let (mut values, mut passes) = (Vec::new(), Vec::new());
-        for _ in 0..self.runs {
-            let rate = Rate(200 * MIB);
-            let writer = self
-                .stage
-                .start_writer(WRITTEN, Size(GIB), rate, Size(GIB / 2))?;
-            let transfer = self
-                .rig
-                .migrate(&self.stage, WRITTEN, &json!({"streams": 2}))?;
-            drop(writer);
-            let _ = std::fs::remove_file(self.stage.source());
-            values.push(downtime_ms(&transfer.last));
-            passes.push(
-                transfer.last["ram"]["dirty-sync-count"]
-                    .as_f64()
-                    .unwrap_or(0.0),
-            );
-        }
-        let passes = Estimate::of(passes).map_or(0.0, |estimate| estimate.median);
-        Ok((values, format!("{passes} iterations")))
-    }
-
-    fn own_memory(&mut self) -> Result<(Vec<f64>, String), StageError> {
-        #[expect(clippy::cast_precision_loss)]
-        let share = |bytes: u64, allowed: u64| bytes as f64 / allowed as f64;
-        let allowed = 32 * MIB + self.dense.bytes() / 4096;
-        let mut values = Vec::new();
-        for _ in 0..self.runs {
-            let transfer = self.transfer(DENSE, &json!({}))?;
-            values.push(share(transfer.own_memory, allowed));
-        }
-        Ok((values, String::new()))
-    }
-
-    fn control(&mut self) -> Result<(Vec<f64>, String), StageError> {
-        let mut values = Vec::new();
-        for _ in 0..self.runs {
-            self.rig.add(&self.stage, DENSE)?;
-            let connections = (0..50)
-                .map(|_| self.rig.connect(&self.stage))
-                .collect::<Result<Vec<_>, _>>()?;
-            let stop = AtomicBool::new(false);
-            let Self { stage, rig, .. } = self;
-            let answers = thread::scope(|scope| {
-                let polls = scope.spawn(|| control::poll(connections, &stop));
-                let transfer = rig.migrate(stage, DENSE, &json!({"streams": 2}));
-                stop.store(true, Ordering::Relaxed);
-                let answers = polls.join().unwrap_or_else(|_| Ok(Vec::new()));
-                transfer?;
-                Ok::<_, StageError>(answers?)
-            })?;
-            values.push(percentile_99(answers).as_secs_f64() * 1e3);
-        }
-        Ok((values, String::new()))
+const fn good_to_know(name: &'static str, what: &'static str, unit: &'static str) -> Figure {
+    Figure {
+        name,
+        what,
+        unit,
+        target: None,
     }
 }
 
-/// The time of one side as a multiple of the other's, pair by pair.
-fn ratios(ones: &[Sample], others: &[Sample]) -> Vec<f64> {
-    let pairs = ones.iter().zip(others);
-    pairs
-        .map(|(one, other)| one.time.as_secs_f64() / other.time.as_secs_f64())
-        .collect()
-}
-
-fn downtime_ms(last: &Value) -> f64 {
-    last["downtime-us"].as_f64().unwrap_or(f64::INFINITY) / 1e3
-}
-
-fn percentile_99(mut answers: Vec<Duration>) -> Duration {
-    answers.sort();
-    answers
-        .get(answers.len() * 99 / 100)
-        .copied()
-        .unwrap_or_default()
-}
-
-#[expect(clippy::cast_precision_loss)] // shown to people
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / GIB as f64
-}
-
-/// Makes a file of `bytes` bytes with random data in `extents` (offset and length), holes elsewhere.
-fn fill(
-    stage: &Stage<'_>,
-    name: &str,
-    bytes: u64,
-    extents: &[(u64, u64)],
-) -> Result<(), StageError> {
-    let path = stage.path(name);
-    let doing = format!("write {}", path.display());
-    let write = || -> std::io::Result<()> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)?;
-        file.set_len(bytes)?;
-        let region = Region::new(
-            Name::new(name).expect("a legal name"),
-            doing.clone(),
-            file.try_clone()?,
-            crate::region::Access::Write,
-        )
-        .map_err(std::io::Error::other)?;
-        // Both sides of a comparison have it on the pages that the directory gives; islands would each be
-        // rounded up to a huge page, and there would be eight times the data.
-        if extents.len() == 1 {
-            crate::sys::file::advise_huge_pages(region.mapping());
-        }
-        let mut noise = Box::<[u8]>::from(vec![0; 1 << 18]);
-        for &(offset, length) in extents {
-            region.populate(PageRange::covering(offset, length));
-            let mut at = offset;
-            while at < offset + length {
-                stage.check_interrupted().map_err(std::io::Error::other)?;
-                getrandom::fill(&mut noise).map_err(std::io::Error::other)?;
-                let step = noise
-                    .len()
-                    .min(usize::try_from(offset + length - at).unwrap_or(usize::MAX));
-                file.write_all_at(&noise[..step], at)?;
-                at += step as u64;
-            }
-        }
-        Ok(())
+macro_rules! case {
+    ($name:literal, $how:expr, [$($figure:expr),+ $(,)?]) => {
+        Case { name: $name, how: $how, figures: const { &[$($figure),+] } }
     };
-    write().map_err(local(doing.clone()))
+    // One row of the same name.
+    ($name:literal, $how:expr, $what:literal, $unit:literal, $target:expr) => {
+        case!($name, $how, [figure($name, $what, $unit, $target)])
+    };
 }
+
+use Destination::{Cold, Prepared};
+use Target::{AtLeast, AtMost, Same};
+
+/// All of them, in the order of the design's table.
+#[rustfmt::skip]
+pub(super) const CASES: &[Case] = &[
+    case!("same", How::Compare(Cold, RAW, RAW), "the raw loop beside itself: whether two identical programs pass here", "×", Same),
+    case!("same-ours", How::Compare(Prepared, CHECKED, CHECKED), "memferry beside itself", "×", Same),
+    case!("prepared", How::Compare(Prepared, PLAIN, RAW), "memory that is there, 2 streams, integrity off, beside the raw loop", "×", AtLeast(0.95)),
+    case!("prepared-checked", How::Compare(Prepared, CHECKED, RAW), "the same with integrity on", "×", AtLeast(0.8)),
+    case!("prepared-qemu", How::Compare(Prepared, PLAIN, Party::Qemu { populated: false }), "memory that is there, integrity off, beside QEMU multifd", "×", AtLeast(2.5)),
+    case!("prepared-qemu-populated", How::Compare(Prepared, PLAIN, Party::Qemu { populated: true }), [
+        good_to_know("prepared-qemu-populated", "the same with QEMU's page tables filled before it begins (prealloc=on)", "×"),
+    ]),
+    case!("cold", How::Compare(Cold, PLAIN, RAW), "cold memory, integrity off, beside the raw loop", "×", AtLeast(0.9)),
+    case!("cold-checked", How::Compare(Cold, CHECKED, RAW), "the same with integrity on", "×", AtLeast(0.8)),
+    case!("cold-qemu", How::Mount { huge: false }, "cold memory, integrity off, beside QEMU multifd", "×", AtLeast(2.0)),
+    case!("cold-qemu-huge", How::Mount { huge: true }, "the same on a mount that gives huge pages", "×", AtLeast(4.0)),
+    case!("zero-copy", How::Compare(Prepared, ours(2, "crc32c", "auto"), CHECKED), "zero-copy = auto where the kernel copies, beside off", "×", AtLeast(0.95)),
+    case!("zero-copy-msg", How::Compare(Prepared, ours(2, "crc32c", "msg-zerocopy"), CHECKED), "the same, msg-zerocopy", "×", AtLeast(0.95)),
+    case!("zero-copy-uring", How::Compare(Prepared, ours(2, "crc32c", "io-uring"), CHECKED), "the same, io-uring", "×", AtLeast(0.95)),
+    case!("zero-copy-fixed", How::Compare(Prepared, ours(2, "crc32c", "io-uring-fixed"), CHECKED), "the same, io-uring-fixed", "×", AtLeast(0.95)),
+    case!("lab", How::Elsewhere("tests/lab/run, in a machine where nothing is copied; docs/lab.md"), [
+        figure("lab-copied", "zero-copy sends that were copied after all", "", AtMost(0.0)),
+        figure("lab-cpu", "sender CPU as a share of that of plain sends", "×", AtMost(0.17)),
+        figure("lab-cpu-fixed", "the same, io-uring-fixed and huge pages", "×", AtMost(0.05)),
+    ]),
+    case!("islands", How::Islands, [
+        figure("islands", "64 GiB with 256 MiB in 1024 islands: its time as a multiple of that of 256 MiB in one piece", "×", AtMost(1.3)),
+        figure("islands-blocks", "what arrived: its memory as a multiple of the source's, rounded up to huge pages", "×", AtMost(1.0)),
+        figure("islands-memory", "anonymous memory of the larger daemon, as a multiple of 32 MiB + 1/4096 of 64 GiB", "×", AtMost(1.0)),
+    ]),
+    case!("load", How::Downtime { rate_mib: 200, tracker: "pagemap" }, [
+        figure("load-downtime", "downtime of 1 GiB of which 512 MiB are written in a loop at 200 MiB/s", "ms", AtMost(4.0)),
+        figure("load-iterations", "iterations of that", "", AtMost(8.0)),
+    ]),
+    case!("load-bitmap", How::Downtime { rate_mib: 200, tracker: "bitmap" }, [
+        figure("load-bitmap-downtime", "the same with the tracker bitmap", "ms", AtMost(4.0)),
+        figure("load-bitmap-iterations", "iterations of that", "", AtMost(8.0)),
+    ]),
+    case!("idle", How::Downtime { rate_mib: 0, tracker: "pagemap" }, [
+        figure("idle-downtime", "downtime of 1 GiB that has a writer and is not written", "ms", AtMost(1.0)),
+        good_to_know("idle-iterations", "iterations of that", ""),
+    ]),
+    case!("control", How::Control, "99 of 100 answers to 50 clients that poll 10 times a second during transfers", "ms", AtMost(5.0)),
+    case!("own-memory", How::OwnMemory("none"), "anonymous memory of the larger daemon, as a multiple of 32 MiB + 1/4096 of the region", "×", AtMost(1.0)),
+    case!("own-memory-scan", How::OwnMemory("scan"), "the same with the tracker scan, which may have 1/400 more", "×", AtMost(1.0)),
+    case!("streams", How::Streams, "1 to 64 streams: the slowest count above the best one, as a multiple of the best", "×", AtLeast(0.8)),
+    case!("one-stream", How::Compare(Prepared, ours(1, "off", "off"), Party::Raw { streams: 1 }), "1 stream, integrity off, beside the raw loop with one", "×", AtLeast(0.9)),
+    case!("regions", How::Regions, "the same memory in 1 to 1000 regions: the slowest as a multiple of the best", "×", AtLeast(0.8)),
+    case!("attempts", How::Attempts, "the same memory in 1 to 64 transfers at once: the slowest as a multiple of the best", "×", AtLeast(0.8)),
+    case!("faults", How::Elsewhere("cargo test --release --test faults, which prints the times"), [
+        figure("dead-peer", "how long until a dead peer is noticed", "s", AtMost(1.0)),
+        figure("hung-peer", "a hung peer or silent partition, as a multiple of stall-timeout", "×", AtMost(1.0)),
+        figure("stalled-cpu", "CPU while stalled", "%", AtMost(1.0)),
+    ]),
+    case!("traced", How::Traced, [
+        good_to_know("sender-calls", "system calls of the sender per GiB, as strace counts them in a run of its own", ""),
+        good_to_know("receiver-calls", "the same of the receiver", ""),
+        good_to_know("notices", "error queue messages per 1000 sends that were lent (msg-zerocopy)", ""),
+    ]),
+    case!("iperf3", How::Iperf, [
+        good_to_know("iperf3", "iperf3 over loopback with 2 streams", "GiB/s"),
+    ]),
+];

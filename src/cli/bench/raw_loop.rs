@@ -1,6 +1,7 @@
 //! The limit to be compared with: threads that write memory to sockets and threads that read it into
 //! other memory, and nothing else. No protocol, no checks, no second look.
 
+use std::fs::File;
 use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -13,18 +14,38 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::Sample;
 use crate::region::{Access, Mapping, SpanMut};
-use crate::sys::file::advise_huge_pages;
+use crate::sys::file::{advise_huge_pages, populate};
 use crate::sys::msg::{self, IovBuf};
 
 /// Bytes per system call. Larger ones are no faster, smaller ones are slower.
 const CALL_BYTES: usize = 4 << 20;
 
-/// Moves all of `source` to a new file in `directory` over loopback. The memory of the file is cold.
-pub(super) fn run(source: &Arc<Mapping>, directory: &Path, streams: usize) -> io::Result<Sample> {
-    let file = tempfile::tempfile_in(directory)?;
-    file.set_len(source.len() as u64)?;
-    let destination = Mapping::new(&file, source.len(), Access::Write)?;
-    advise_huge_pages(&destination);
+/// Where it all goes.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Into<'a> {
+    /// To a new file in this directory, whose memory is cold.
+    New(&'a Path),
+    /// To this file, whose memory is there, and in the page tables before the time counts.
+    Prepared(&'a Path),
+}
+
+/// Moves all of `source` over loopback.
+pub(super) fn run(source: &Arc<Mapping>, into: Into<'_>, streams: usize) -> io::Result<Sample> {
+    let destination = match into {
+        Into::New(directory) => {
+            let file = tempfile::tempfile_in(directory)?;
+            file.set_len(source.len() as u64)?;
+            let destination = Mapping::new(&file, source.len(), Access::Write)?;
+            advise_huge_pages(&destination);
+            destination
+        }
+        Into::Prepared(path) => {
+            let file = File::options().read(true).write(true).open(path)?;
+            let destination = Mapping::new(&file, source.len(), Access::Write)?;
+            populate(&destination.whole(), Access::Write)?;
+            destination
+        }
+    };
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let mut pairs = Vec::new();
     for _ in 0..streams {

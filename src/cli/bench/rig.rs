@@ -1,52 +1,56 @@
 //! A sender and a receiver of our own, and one transfer after another between them.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
-use nix::time::{clock_getcpuclockid, clock_gettime};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::Sample;
 use crate::cli::stage::{Process, Stage, StageError, local};
-use crate::client::Connection;
+use crate::client::{ClientError, Connection};
 
-/// How long a Region may take to get into the sender's page tables, and a transfer to end.
+/// How long a Region may take to get into the page tables, and transfers to end.
 const DEADLINE: Duration = Duration::from_secs(600);
 const LOOK_PAUSE: Duration = Duration::from_millis(5);
+/// How often the memory of the daemons is looked at.
+const MEMORY_PAUSE: Duration = Duration::from_millis(50);
 
 /// Both daemons. Ends them when dropped.
 #[derive(Debug)]
 pub(super) struct Rig {
-    sender: Process,
-    receiver: Process,
+    pub(super) sender: Process,
+    pub(super) receiver: Process,
     control: Connection,
+    arrivals: Connection,
     uri: Value,
     transfers: u32,
 }
 
-/// What came of one transfer.
+/// What came of one or more transfers.
 #[derive(Debug)]
 pub(super) struct Transfer {
     pub(super) sample: Sample,
-    /// The last `query-migrate`.
+    /// The last `query-migrate` of the last of them.
     pub(super) last: Value,
     /// The most anonymous memory that either daemon was seen to have, in bytes.
     pub(super) own_memory: u64,
+    /// Memory that the files which arrived had.
+    pub(super) arrived_bytes: u64,
 }
 
 impl Rig {
     pub(super) fn start(stage: &Stage<'_>) -> Result<Self, StageError> {
         let receiver = stage.start("receiver", &stage.receiver_config())?;
-        let listening = receiver
-            .connect(stage)?
-            .execute("query-status", json!({}))?;
+        let mut arrivals = receiver.connect(stage)?;
+        let listening = arrivals.execute("query-status", json!({}))?;
         let sender = stage.start("sender", &stage.sender_config())?;
         let control = sender.connect(stage)?;
         Ok(Self {
             sender,
             receiver,
             control,
+            arrivals,
             uri: listening["listen"][0].clone(),
             transfers: 0,
         })
@@ -57,25 +61,32 @@ impl Rig {
         self.sender.connect(stage)
     }
 
-    /// Adds a file as a Region, and waits until its pages are in the sender's page tables.
-    pub(super) fn add(&mut self, stage: &Stage<'_>, region: &str) -> Result<(), StageError> {
-        let add = json!({"name": region, "path": stage.path(region)});
-        self.control.execute("region-add", add)?;
-        let started = Instant::now();
-        while started.elapsed() < DEADLINE {
-            stage.check_interrupted()?;
-            let regions = self.control.execute("query-regions", json!({}))?;
-            let shown = regions
-                .as_array()
-                .into_iter()
-                .flatten()
-                .find(|shown| shown["name"] == region);
-            if shown.is_some_and(|shown| shown["populated"] == shown["allocated"]) {
-                break;
-            }
-            std::thread::sleep(LOOK_PAUSE);
+    /// Adds files as Regions, tracked by `tracker`, and waits until their pages are in the sender's page
+    /// tables.
+    pub(super) fn add(
+        &mut self,
+        stage: &Stage<'_>,
+        regions: &[String],
+        tracker: &str,
+    ) -> Result<(), StageError> {
+        for region in regions {
+            let path = stage.path(region);
+            let add = json!({"name": region, "path": path, "tracker": {"kind": tracker}});
+            self.control.execute("region-add", add)?;
         }
-        Ok(())
+        wait_until_populated(&mut self.control, stage)
+    }
+
+    /// Prepares the file `memory` for the Region to arrive in.
+    pub(super) fn prepare(
+        &mut self,
+        stage: &Stage<'_>,
+        region: &str,
+        memory: &str,
+    ) -> Result<(), StageError> {
+        let add = json!({"name": region, "path": stage.path(memory)});
+        self.arrivals.execute("region-add", add)?;
+        wait_until_populated(&mut self.arrivals, stage)
     }
 
     /// Moves a Region that was added, and forgets it on both sides.
@@ -85,63 +96,125 @@ impl Rig {
         region: &str,
         parameters: &Value,
     ) -> Result<Transfer, StageError> {
-        self.transfers += 1;
-        let id = format!("bench-{}", self.transfers);
-        let mut order = parameters.clone();
-        order["uri"] = self.uri.clone();
-        order["id"] = json!(id);
-        order["regions"] = json!([region]);
-        let before = (cpu_time(&self.sender)?, cpu_time(&self.receiver)?);
+        self.migrate_all(stage, &[&[region.to_owned()]], parameters)
+    }
+
+    /// Moves groups of Regions that were added, each group in a transfer of its own, all at once.
+    pub(super) fn migrate_all(
+        &mut self,
+        stage: &Stage<'_>,
+        groups: &[&[String]],
+        parameters: &Value,
+    ) -> Result<Transfer, StageError> {
+        let before = (self.sender.cpu_time()?, self.receiver.cpu_time()?);
         let started = Instant::now();
-        self.control.execute("migrate", order)?;
-        let mut own_memory = 0;
-        let time = loop {
-            stage.check_interrupted()?;
-            let event = self.control.next_event(Duration::from_millis(50))?;
-            if let Some(event) = event
-                && event.data["id"] == id.as_str()
-                && ["completed", "failed", "cancelled"]
-                    .iter()
-                    .any(|end| event.data["status"] == *end)
-            {
-                break started.elapsed();
+        let mut ids = Vec::new();
+        for regions in groups {
+            self.transfers += 1;
+            let id = format!("bench-{}", self.transfers);
+            let mut order = parameters.clone();
+            order["uri"] = self.uri.clone();
+            order["id"] = json!(id);
+            order["regions"] = json!(regions);
+            self.control.execute("migrate", order)?;
+            ids.push(id);
+        }
+        let (time, own_memory) = self.until_ended(stage, &ids, started)?;
+        let mut last = Value::Null;
+        for id in ids {
+            last = self.control.execute("query-migrate", json!({"id": id}))?;
+            if last["status"] != "completed" {
+                let text = last["error"]["desc"].to_string();
+                return Err(local("measure a transfer")(std::io::Error::other(text)));
             }
-            own_memory = own_memory
-                .max(anonymous(&self.sender))
-                .max(anonymous(&self.receiver));
-            if started.elapsed() > DEADLINE {
-                return Err(local("wait for a transfer")(
-                    std::io::ErrorKind::TimedOut.into(),
-                ));
-            }
-        };
-        let last = self.control.execute("query-migrate", json!({"id": id}))?;
-        if last["status"] != "completed" {
-            let text = last["error"]["desc"].to_string();
-            return Err(local("measure a transfer")(std::io::Error::other(text)));
         }
         let sample = Sample {
             time,
-            sender_cpu: cpu_time(&self.sender)? - before.0,
-            receiver_cpu: cpu_time(&self.receiver)? - before.1,
+            sender_cpu: self.sender.cpu_time()? - before.0,
+            receiver_cpu: self.receiver.cpu_time()? - before.1,
         };
-        let _ = fs::remove_file(stage.destination(region));
-        self.control
-            .execute("region-del", json!({"name": region}))?;
+        let mut arrived_bytes = 0;
+        for region in groups.iter().copied().flatten() {
+            let arrived = stage.destination(region);
+            if let Ok(meta) = arrived.metadata() {
+                arrived_bytes += meta.blocks() * 512;
+                let _ = fs::remove_file(arrived);
+            }
+            self.control
+                .execute("region-del", json!({"name": region}))?;
+            forget(&mut self.arrivals, region)?;
+        }
         Ok(Transfer {
             sample,
             last,
             own_memory,
+            arrived_bytes,
         })
+    }
+
+    /// Waits for the last of them; gives the time since `started` and the most memory seen.
+    fn until_ended(
+        &mut self,
+        stage: &Stage<'_>,
+        ids: &[String],
+        started: Instant,
+    ) -> Result<(Duration, u64), StageError> {
+        let (mut left, mut own_memory) = (ids.len(), 0);
+        let mut looked = started;
+        while left > 0 {
+            stage.check_interrupted()?;
+            let event = self.control.next_event(MEMORY_PAUSE)?;
+            left -= usize::from(event.is_some_and(|event| {
+                let ended = ["completed", "failed", "cancelled"]
+                    .iter()
+                    .any(|end| event.data["status"] == *end);
+                ended && ids.iter().any(|id| event.data["id"] == id.as_str())
+            }));
+            let now = Instant::now();
+            if left > 0 && now - looked >= MEMORY_PAUSE {
+                looked = now;
+                own_memory = own_memory
+                    .max(anonymous(&self.sender))
+                    .max(anonymous(&self.receiver));
+            }
+            if now - started > DEADLINE {
+                let error = std::io::ErrorKind::TimedOut;
+                return Err(local("wait for a transfer")(error.into()));
+            }
+        }
+        Ok((started.elapsed(), own_memory))
     }
 }
 
-/// What a process has used so far, ended threads included.
-fn cpu_time(process: &Process) -> Result<Duration, StageError> {
-    let clock = clock_getcpuclockid(Pid::from_raw(process.pid()));
-    let time = clock.and_then(clock_gettime);
-    time.map(Duration::from)
-        .map_err(|errno| local("ask for a daemon's CPU time")(errno.into()))
+/// Waits until a daemon has all it has of its Regions in its page tables. A receiver that does not say so
+/// is not waited for.
+fn wait_until_populated(control: &mut Connection, stage: &Stage<'_>) -> Result<(), StageError> {
+    let started = Instant::now();
+    while started.elapsed() < DEADLINE {
+        stage.check_interrupted()?;
+        let regions = control.execute("query-regions", json!({}))?;
+        let populated = |shown: &Value| {
+            shown["populated"].is_null() || shown["populated"] == shown["allocated"]
+        };
+        if regions.as_array().into_iter().flatten().all(populated) {
+            break;
+        }
+        std::thread::sleep(LOOK_PAUSE);
+    }
+    Ok(())
+}
+
+/// The receiver forgets what has arrived; maybe it has not quite ended the attempt.
+fn forget(arrivals: &mut Connection, region: &str) -> Result<(), StageError> {
+    let started = Instant::now();
+    loop {
+        match arrivals.execute("region-del", json!({"name": region})) {
+            Err(ClientError::Command { .. }) if started.elapsed() < Duration::from_secs(10) => {
+                std::thread::sleep(LOOK_PAUSE);
+            }
+            done => return Ok(done.map(|_| ())?),
+        }
+    }
 }
 
 /// A process' anonymous memory in bytes.

@@ -62,25 +62,74 @@ fn outside(runs: usize) -> usize {
 pub(super) enum Target {
     AtLeast(f64),
     AtMost(f64),
+    /// Two sides that are the same program: the interval must not say that they differ.
+    Same,
+}
+
+/// Whether the target is hit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Verdict {
+    Hit,
+    Missed,
+    /// The interval has the target in it, or there were too few runs for an interval.
+    Open,
+}
+
+impl Verdict {
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Missed => "missed",
+            Self::Open => "open",
+        }
+    }
 }
 
 impl Target {
-    /// `met` or `missed` where the interval leaves no doubt, else `open`, also where there were too few runs
-    /// for an interval: two programs that do the same are rarely called different.
-    pub(super) fn verdict(self, estimate: Estimate) -> &'static str {
+    /// `Hit` or `Missed` only where the interval leaves no doubt: two programs that do the same are rarely
+    /// called different.
+    pub(super) fn verdict(self, estimate: Estimate) -> Verdict {
         if outside(estimate.runs) == 0 {
-            return "open";
+            return Verdict::Open;
         }
         let (worst, best, bound) = match self {
             Self::AtLeast(bound) => (estimate.low, estimate.high, bound),
             Self::AtMost(bound) => (-estimate.high, -estimate.low, -bound),
+            Self::Same if estimate.low <= 1.0 && 1.0 <= estimate.high => return Verdict::Hit,
+            Self::Same => return Verdict::Missed,
         };
         if worst >= bound {
-            "met"
+            Verdict::Hit
         } else if best < bound {
-            "missed"
+            Verdict::Missed
         } else {
-            "open"
+            Verdict::Open
+        }
+    }
+
+    /// How much better than asked for `value` is, as a factor: below 1 the target is missed.
+    pub(super) fn margin(self, value: f64) -> f64 {
+        match self {
+            Self::AtLeast(bound) => value / bound,
+            Self::AtMost(bound) => bound / value,
+            Self::Same => value,
+        }
+    }
+
+    /// The verdict, and by how much the median misses if it does.
+    pub(super) fn judge(self, estimate: Estimate) -> String {
+        let verdict = self.verdict(estimate);
+        let beyond = match self {
+            Self::AtLeast(bound) => 1.0 - estimate.median / bound,
+            Self::AtMost(bound) => estimate.median / bound - 1.0,
+            Self::Same => (estimate.median - 1.0).abs(),
+        };
+        match verdict {
+            Verdict::Missed => format!("missed by {:.0} %", beyond * 100.0),
+            Verdict::Open if beyond > 0.0 && self != Self::Same => {
+                format!("open, median {:.0} % off", beyond * 100.0)
+            }
+            _ => verdict.as_str().to_owned(),
         }
     }
 
@@ -88,6 +137,7 @@ impl Target {
         match self {
             Self::AtLeast(bound) => json!({"at-least": bound}),
             Self::AtMost(bound) => json!({"at-most": bound}),
+            Self::Same => json!({"same": true}),
         }
     }
 }
@@ -97,6 +147,7 @@ impl std::fmt::Display for Target {
         match self {
             Self::AtLeast(bound) => write!(f, "≥ {bound}"),
             Self::AtMost(bound) => write!(f, "≤ {bound}"),
+            Self::Same => f.write_str("≈ 1"),
         }
     }
 }
@@ -123,12 +174,20 @@ mod tests {
     #[test]
     fn a_verdict_needs_the_whole_interval() {
         let few = Estimate::of([0.9, 1.0, 1.1]).unwrap();
-        assert_eq!(Target::AtLeast(1.2).verdict(few), "open");
+        assert_eq!(Target::AtLeast(1.2).verdict(few), Verdict::Open);
+        assert_eq!(Target::Same.verdict(few), Verdict::Open);
         let estimate = Estimate::of([0.9, 0.95, 1.0, 1.0, 1.05, 1.1]).unwrap();
-        assert_eq!(Target::AtLeast(0.8).verdict(estimate), "met");
-        assert_eq!(Target::AtLeast(1.0).verdict(estimate), "open");
-        assert_eq!(Target::AtLeast(1.2).verdict(estimate), "missed");
-        assert_eq!(Target::AtMost(1.2).verdict(estimate), "met");
-        assert_eq!(Target::AtMost(0.5).verdict(estimate), "missed");
+        assert_eq!(Target::AtLeast(0.8).judge(estimate), "hit");
+        assert_eq!(
+            Target::AtLeast(1.05).judge(estimate),
+            "open, median 5 % off"
+        );
+        assert_eq!(Target::AtLeast(1.25).judge(estimate), "missed by 20 %");
+        assert_eq!(Target::AtMost(1.2).judge(estimate), "hit");
+        assert_eq!(Target::AtMost(1.05).judge(estimate), "open");
+        assert_eq!(Target::AtMost(0.5).judge(estimate), "missed by 100 %");
+        assert_eq!(Target::Same.judge(estimate), "hit");
+        let faster = Estimate::of([1.1, 1.2, 1.2, 1.2, 1.2, 1.3]).unwrap();
+        assert_eq!(Target::Same.judge(faster), "missed by 20 %");
     }
 }
