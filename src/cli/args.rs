@@ -321,6 +321,9 @@ pub struct DemoArgs {
     /// How much of the Region the writer writes to.
     #[arg(long, default_value = "128MiB", value_name = "SIZE")]
     pub working_set: Size,
+    /// How the sender finds what is written; by default pagemap where the kernel can, else scan.
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub tracker: Option<TrackerChoice>,
     /// Zero-copy engine: auto, msg-zerocopy, io-uring, io-uring-fixed or off.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub zero_copy: String,

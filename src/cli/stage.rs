@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::statvfs::statvfs;
 use tempfile::TempDir;
@@ -17,6 +18,7 @@ use super::exit::Exit;
 use super::interrupts::Interrupts;
 use crate::client::{ClientError, Connection};
 use crate::config::units::{Rate, Size};
+use crate::workload::TrackerChoice;
 
 /// How long a process of ours may take to be ready, apart from filling its memory.
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(20);
@@ -154,6 +156,7 @@ impl<'a> Stage<'a> {
         size: Size,
         dirty_rate: Rate,
         working_set: Size,
+        tracker: Option<TrackerChoice>,
     ) -> Result<Process, StageError> {
         const WHO: &str = "writer";
         let mut command = self.command(WHO)?;
@@ -167,6 +170,9 @@ impl<'a> Stage<'a> {
             .arg(self.path("sender.sock"))
             .args(["--name", region])
             .stdout(Stdio::piped());
+        if let Some(tracker) = tracker.and_then(|tracker| tracker.to_possible_value()) {
+            command.args(["--tracker", tracker.get_name()]);
+        }
         let child = command.spawn().map_err(local("start the writer"))?;
         let mut writer = Process(child, WHO);
         let mut output = writer.0.stdout.take().ok_or_else(|| StageError::Start {

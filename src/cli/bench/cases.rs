@@ -314,7 +314,7 @@ impl<'a> Bench<'a> {
             let rate = Rate(200 * MIB);
             let writer = self
                 .stage
-                .start_writer(WRITTEN, Size(GIB), rate, Size(GIB / 2))?;
+                .start_writer(WRITTEN, Size(GIB), rate, Size(GIB / 2), None)?;
             let transfer = self
                 .rig
                 .migrate(&self.stage, WRITTEN, &json!({"streams": 2}))?;
