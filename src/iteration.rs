@@ -6,7 +6,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::limits::{BLOCK_PAGES, PAGE_BYTES, PIECE_RUNS_MAX};
+use crate::limits::{BLOCK_PAGES, HUGE_PAGE_PAGES, PAGE_BYTES, PIECE_RUNS_MAX};
 use crate::pages::PageRange;
 
 /// Why a run is in the plan.
@@ -30,6 +30,9 @@ pub struct Run {
     /// Why.
     pub look: Look,
 }
+
+/// Pieces that a stream gets of a short plan: a stream that is held up leaves the others the rest.
+const PIECES_PER_STREAM: u64 = 2;
 
 /// Runs of one Region that make at most one packet.
 #[derive(Debug, Default)]
@@ -58,10 +61,16 @@ struct Cursor {
 
 impl Plan {
     /// A plan over `runs`, grouped by Region and ascending within it, in pieces of at most
-    /// `packet_bytes` of pages that may become payload.
+    /// `packet_bytes` of pages that may become payload; smaller ones if there is so little that some of
+    /// the `streams` would have nothing to do.
     #[must_use]
-    pub fn new(iteration: u32, packet_bytes: u64, runs: Vec<Run>) -> Self {
-        let packet_pages = packet_bytes / PAGE_BYTES;
+    pub fn new(iteration: u32, packet_bytes: u64, streams: u16, runs: Vec<Run>) -> Self {
+        let to_read = runs.iter().filter(|run| run.look != Look::Hole);
+        let pages: u64 = to_read.map(|run| run.range.count).sum();
+        let share = (pages / (u64::from(streams.max(1)) * PIECES_PER_STREAM))
+            .next_multiple_of(BLOCK_PAGES)
+            .max(BLOCK_PAGES);
+        let packet_pages = (packet_bytes / PAGE_BYTES).min(share);
         assert!(
             packet_pages >= BLOCK_PAGES,
             "a packet holds at least one block"
@@ -121,7 +130,7 @@ impl Plan {
             };
             let taken = match run.look {
                 Look::Hole => left.count.min(u64::from(u32::MAX)),
-                Look::Owed | Look::Inspect => cut(left, room),
+                Look::Owed | Look::Inspect => cut(left, room, self.packet_pages),
             };
             if taken == 0 {
                 break;
@@ -146,13 +155,18 @@ impl Plan {
     }
 }
 
-/// How much of `left` fits into `room` pages, ending where a block ends unless the run ends first: a
-/// block cut in two would cost two checksums and two short copies.
-fn cut(left: PageRange, room: u64) -> u64 {
+/// How much of `left` fits into `room` pages of a packet, ending where a block ends unless the run ends
+/// first: a block cut in two would cost two checksums and two short copies. A large packet ends where a
+/// huge page or half of one does: the receiver makes one where that much of it comes at once.
+fn cut(left: PageRange, room: u64, packet_pages: u64) -> u64 {
     if left.count <= room {
         return left.count;
     }
-    let aligned_end = (left.first + room) / BLOCK_PAGES * BLOCK_PAGES;
+    let unit = [HUGE_PAGE_PAGES, HUGE_PAGE_PAGES / 2]
+        .into_iter()
+        .find(|unit| *unit <= packet_pages)
+        .unwrap_or(BLOCK_PAGES);
+    let aligned_end = (left.first + room) / unit * unit;
     aligned_end.saturating_sub(left.first)
 }
 
@@ -260,7 +274,7 @@ mod tests {
             run(0, 9, 2, Look::Inspect),
             run(1, 0, 1, Look::Owed),
         ];
-        let plan = Plan::new(1, 1 << 20, runs);
+        let plan = Plan::new(1, 1 << 20, 1, runs);
         let mut piece = Piece::default();
         assert!(plan.next(&mut piece));
         assert_eq!((piece.region, piece.runs.len()), (0, 2));
@@ -269,9 +283,38 @@ mod tests {
         assert!(!plan.next(&mut piece));
     }
 
+    /// How many pages each piece has.
+    fn pieces(plan: &Plan) -> Vec<u64> {
+        let mut piece = Piece::default();
+        std::iter::from_fn(|| {
+            plan.next(&mut piece)
+                .then(|| piece.runs.iter().map(|(range, _)| range.count).sum())
+        })
+        .collect()
+    }
+
+    #[test]
+    fn large_pieces_end_where_a_huge_page_does() {
+        let runs = vec![run(0, 100, 4000, Look::Owed)];
+        let plan = Plan::new(1, 4 << 20, 1, runs.clone());
+        assert_eq!(pieces(&plan), [924, 1024, 1024, 1024, 4]);
+        let plan = Plan::new(1, 1 << 20, 1, runs);
+        assert_eq!(pieces(&plan)[..3], [156, 256, 256]);
+    }
+
+    #[test]
+    fn a_short_plan_has_something_for_every_stream() {
+        let runs = vec![
+            run(0, 0, 256, Look::Owed),
+            run(0, 4096, 1 << 20, Look::Hole),
+        ];
+        let plan = Plan::new(1, 4 << 20, 4, runs);
+        assert_eq!(pieces(&plan)[..8], [32; 8]);
+    }
+
     #[test]
     fn a_hole_of_any_size_is_one_run() {
-        let plan = Plan::new(1, PACKET_BYTES_MIN, vec![run(0, 0, 1 << 31, Look::Hole)]);
+        let plan = Plan::new(1, PACKET_BYTES_MIN, 1, vec![run(0, 0, 1 << 31, Look::Hole)]);
         let mut piece = Piece::default();
         assert!(plan.next(&mut piece));
         assert_eq!(
@@ -302,7 +345,7 @@ mod tests {
                 first += count;
             }
             let packet_pages = packet_blocks * BLOCK_PAGES;
-            let plan = Plan::new(1, packet_pages * PAGE_BYTES, runs.clone());
+            let plan = Plan::new(1, packet_pages * PAGE_BYTES, 1, runs.clone());
             let mut handed = Vec::new();
             let mut piece = Piece::default();
             while plan.next(&mut piece) {

@@ -20,6 +20,13 @@ pub const BLOCK_LEN: usize = 64 * 1024;
 /// Pages in one checksum block.
 pub const BLOCK_PAGES: u64 = BLOCK_BYTES / PAGE_BYTES;
 
+/// A huge page of tmpfs, in bytes: what one entry of the second level of the page tables maps on x86-64,
+/// and on arm64 with base pages of 4 KiB.
+pub const HUGE_PAGE_BYTES: u64 = 2 * 1024 * 1024;
+
+/// Pages in one of them.
+pub const HUGE_PAGE_PAGES: u64 = HUGE_PAGE_BYTES / PAGE_BYTES;
+
 /// Largest span of a Region that one packet may cover, in bytes.
 pub const PACKET_BYTES_MAX: u64 = 16 * 1024 * 1024;
 

@@ -17,6 +17,29 @@ pub fn pages_in(bytes: u64) -> u64 {
     bytes.div_ceil(PAGE_BYTES)
 }
 
+/// The first page in each aligned area of `area` pages of which ascending `ranges` have at least half.
+pub fn dense_areas(ranges: &[PageRange], area: u64) -> impl Iterator<Item = u64> {
+    let mut parts = ranges.iter().flat_map(move |range| {
+        let areas = range.first / area..=(range.end() - 1) / area;
+        areas.map(move |index| {
+            let first = range.first.max(index * area);
+            (first, range.end().min((index + 1) * area) - first)
+        })
+    });
+    let mut next = parts.next();
+    let areas = std::iter::from_fn(move || {
+        let (first, mut pages) = next?;
+        next = parts.next();
+        while let Some((_, more)) = next.filter(|(other, _)| other / area == first / area) {
+            pages += more;
+            next = parts.next();
+        }
+        Some((first, pages))
+    });
+    let dense = areas.filter(move |(_, pages)| pages * 2 >= area);
+    dense.map(|(first, _)| first)
+}
+
 /// A run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PageRange {
@@ -292,6 +315,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn an_area_is_dense_if_half_of_it_or_more_is_there() {
+        let range = |first, count| PageRange { first, count };
+        let dense = |ranges: &[PageRange]| -> Vec<u64> { dense_areas(ranges, 8).collect() };
+        assert_eq!(dense(&[]), [0; 0]);
+        assert_eq!(dense(&[range(1, 3), range(5, 1)]), [1]);
+        assert_eq!(dense(&[range(0, 3), range(8, 3)]), [0; 0]);
+        assert_eq!(dense(&[range(5, 23), range(40, 2)]), [8, 16, 24]);
+        assert_eq!(dense(&[range(7, 1), range(8, 4), range(15, 9)]), [8, 16]);
+    }
 
     #[test]
     fn a_range_never_leaves_its_region() {

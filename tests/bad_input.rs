@@ -9,13 +9,10 @@
 mod common;
 
 use std::fs::{self, File};
-use std::path::Path;
-use std::process::Command;
 
 use common::memory::{MIB, PAGE, dense, noise, sparse};
 use common::{Daemon, Pair, Stage, Writer, ended, listing, memferry};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 /// Slow enough that whatever is to happen during a transfer of a few MiB happens during it.
 fn slowly() -> Value {
@@ -242,49 +239,12 @@ fn a_name_taken_during_the_transfer_is_not_replaced() {
     assert!(pair.receiver.log().contains("final name"));
 }
 
-/// A tmpfs of a given size, on a directory of its own; unmounted at the end.
-struct Mount(TempDir);
-
-impl Mount {
-    /// `None`, with a printed reason, where this is not allowed.
-    fn tmpfs(size: &str) -> Option<Self> {
-        let directory = tempfile::tempdir().unwrap();
-        let options = format!("size={size}");
-        let mount = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &options, "tmpfs"])
-            .arg(directory.path())
-            .output();
-        match mount {
-            Ok(output) if output.status.success() => Some(Self(directory)),
-            other => {
-                eprintln!("skipped: a tmpfs cannot be mounted here: {other:?}");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let mut command = Command::new("umount");
-        let _ = command.arg("--lazy").arg(self.0.path()).status();
-    }
-}
-
-fn pair_on(directory: &Path) -> Pair {
-    let stage = Stage::new();
-    let receiver = stage.receiver_with("tcp:127.0.0.1:0", &format!("directory = {directory:?}"));
-    let pair = Pair::of(stage, receiver);
-    fs::create_dir_all(pair.stage.arrived()).unwrap();
-    pair
-}
-
 #[test]
 fn a_destination_that_is_too_small_is_refused_before_anything_is_sent() {
-    let Some(small) = Mount::tmpfs("2M") else {
+    let Some(small) = common::mount::Mount::tmpfs("size=2M") else {
         return;
     };
-    let mut pair = pair_on(small.0.path());
+    let mut pair = Pair::on(small.path());
     let writer = live(&mut pair, "r");
     let (code, text) = migrate(&pair, "r");
     assert_eq!(code, Some(9), "{text}");
@@ -297,31 +257,31 @@ fn a_destination_that_is_too_small_is_refused_before_anything_is_sent() {
     sparse(&hole, 64 * MIB, &[(MIB, PAGE)]);
     pair.add("hole", &hole);
     pair.transfer("hole", json!({}));
-    common::memory::assert_same(&hole, &small.0.path().join("hole"));
+    common::memory::assert_same(&hole, &small.path().join("hole"));
     pair.assert_nothing_happened(&[]);
-    assert_eq!(listing(small.0.path()), ["hole"]);
+    assert_eq!(listing(small.path()), ["hole"]);
 }
 
 #[test]
 fn a_destination_that_others_fill_up_is_an_error_and_no_signal() {
-    let Some(small) = Mount::tmpfs("5M") else {
+    let Some(small) = common::mount::Mount::tmpfs("size=5M") else {
         return;
     };
-    let mut pair = pair_on(small.0.path());
+    let mut pair = Pair::on(small.path());
     let writer = live(&mut pair, "r");
     pair.begin("r", slowly());
     wait_under_way(&mut pair, "r");
     // Takes what is left, and keeps it.
-    let thief = small.0.path().join("thief");
+    let thief = small.path().join("thief");
     let _ = fs::write(&thief, noise(5 * MIB, 1));
     pair.sender.wait_failed("r", "no-space");
     writer.assert_runs();
     pair.receiver.wait_arrival("r", "failed");
     pair.assert_nothing_happened(&[]);
-    assert_eq!(listing(small.0.path()), ["thief"]);
+    assert_eq!(listing(small.path()), ["thief"]);
     fs::remove_file(&thief).unwrap();
     pair.transfer("r", json!({}));
-    common::memory::assert_same(&writer.path, &small.0.path().join("r"));
+    common::memory::assert_same(&writer.path, &small.path().join("r"));
 }
 
 #[test]

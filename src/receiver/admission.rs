@@ -11,7 +11,9 @@ use std::path::Path;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use crate::config::ReceiveConfig;
-use crate::limits::{REGION_BYTES_MAX, REGIONS_MAX, STREAMS_MAX, WINDOW_BYTES_MAX};
+use crate::limits::{
+    HUGE_PAGE_BYTES, REGION_BYTES_MAX, REGIONS_MAX, STREAMS_MAX, WINDOW_BYTES_MAX,
+};
 use crate::name::Name;
 use crate::wire::{Hex128, Offer};
 
@@ -53,13 +55,31 @@ pub(super) struct Obligations {
     pub(super) owed_bytes: u64,
 }
 
+/// What an offer that was admitted takes of the directory's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Room {
+    /// Bytes it needs: the data of Regions that arrive in files.
+    pub(super) needed_bytes: u64,
+    /// Bytes it may need where data comes in huge pages, of each of which it fills at least half.
+    pub(super) huge_bytes: u64,
+    /// Bytes there are.
+    left: u64,
+}
+
+impl Room {
+    /// Whether huge pages fit, whatever they leave unused.
+    pub(super) fn fits_huge_pages(self) -> bool {
+        self.huge_bytes <= self.left
+    }
+}
+
 /// Checks an offer. `free_bytes` is what the directory's memory has left.
 pub(super) fn admit(
     offer: &Offer,
     config: &ReceiveConfig,
     obligations: &Obligations,
     free_bytes: u64,
-) -> Result<(), Refusal> {
+) -> Result<Room, Refusal> {
     let refuse = |code, desc: String| Err(Refusal::new(code, desc));
     if offer.streams == 0 || offer.streams > STREAMS_MAX {
         return refuse(
@@ -108,7 +128,7 @@ pub(super) fn admit(
             format!("a transfer with id {id} is under way here: choose another id"),
         );
     }
-    let (mut total, mut data): (u64, u64) = (obligations.total_bytes, 0);
+    let (mut total, mut data, mut huge): (u64, u64, u64) = (obligations.total_bytes, 0, 0);
     let mut names = HashSet::new();
     for region in &offer.regions {
         let name = &region.name;
@@ -169,7 +189,9 @@ pub(super) fn admit(
                 ),
             );
         }
-        data += region.data_bytes.min(region.length);
+        let needed = region.data_bytes.min(region.length);
+        data += needed;
+        huge += (needed * 2).min(region.length.next_multiple_of(HUGE_PAGE_BYTES));
     }
     if total > config.max_total {
         return refuse(
@@ -190,7 +212,11 @@ pub(super) fn admit(
             ),
         );
     }
-    Ok(())
+    Ok(Room {
+        needed_bytes: data,
+        huge_bytes: huge.max(data),
+        left,
+    })
 }
 
 /// Bytes that can be allocated in `directory`: what its file system has free, and for memory file
@@ -258,7 +284,7 @@ mod tests {
             offer(&[("vm1", 1000), ("vm2", 1000)]),
             Obligations::default(),
         );
-        assert_eq!(admit(&offer, &config, &obligations, 2000), Ok(()));
+        assert!(admit(&offer, &config, &obligations, 2000).is_ok());
         change(&mut offer, &mut config, &mut obligations);
         admit(&offer, &config, &obligations, 2000).unwrap_err().code
     }
@@ -304,6 +330,21 @@ mod tests {
             refused(|_, config, _| fs::write(config.directory.join("vm2"), "").unwrap()),
             "exists"
         );
+    }
+
+    #[test]
+    fn huge_pages_are_for_where_there_is_room_for_what_they_leave_unused() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = ReceiveConfig {
+            directory: directory.path().to_owned(),
+            ..ReceiveConfig::default()
+        };
+        let mut offer = offer(&[("vm1", 64 << 30)]);
+        offer.regions[0].data_bytes = 256 << 20;
+        let room = |free| admit(&offer, &config, &Obligations::default(), free).unwrap();
+        assert!(!room(256 << 20).fits_huge_pages());
+        assert!(room(512 << 20).fits_huge_pages());
+        assert_eq!(room(512 << 20).needed_bytes, 256 << 20);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::assembly::Assembly;
+use crate::config::HugePages;
 use crate::journal::Decision;
 use crate::limits::RECOVER_SECONDS_MAX;
 use crate::name::Name;
@@ -24,7 +25,7 @@ use crate::wire::{
 use super::Receiver;
 use super::admission::{self, Refusal};
 use super::blob::ArrivingBlob;
-use super::destination::{DestinationFile, Hidden};
+use super::destination::{DestinationFile, Hidden, gives_huge_pages};
 use super::entry::{Arrival, Entry, Resuming, Return};
 use super::error::AttemptError;
 use super::prepared::{Place, PreparedMemory};
@@ -70,6 +71,7 @@ pub(super) async fn take(
             .map(|region| (region.name.clone(), region.length))
             .collect(),
         received: Arc::default(),
+        huge_pages: false,
         admitted: false,
         accepted: None,
         blob: None,
@@ -108,6 +110,8 @@ struct Attempt {
     nonce: Hex128,
     regions: Vec<(Name, u64)>,
     received: Arc<Counter>,
+    /// Whether what is dense arrives in huge pages.
+    huge_pages: bool,
     /// Whether the offer was found good: it may have claimed prepared memory.
     admitted: bool,
     accepted: Option<Accepted>,
@@ -169,7 +173,7 @@ impl Attempt {
         let config = &self.receiver.config;
         let free = admission::free_bytes(&config.directory)
             .map_err(AttemptError::local("look for free memory"))?;
-        admission::admit(offer, config, &self.receiver.obligations(), free)?;
+        let room = admission::admit(offer, config, &self.receiver.obligations(), free)?;
         let decided = self.receiver.journal.find::<Decision>(offer.nonce);
         if decided
             .map_err(AttemptError::local("read the journal"))?
@@ -186,11 +190,18 @@ impl Attempt {
             return Ok(token);
         }
         self.admitted = true;
+        self.huge_pages = config.huge_pages == HugePages::Auto
+            && room.fits_huge_pages()
+            && gives_huge_pages(&config.directory);
+        let promised_bytes = match self.huge_pages {
+            true => room.huge_bytes,
+            false => room.needed_bytes,
+        };
         let places = offer.regions.iter().map(|region| self.place(region));
         let destinations: Arc<[_]> = places.collect::<Result<_, _>>()?;
         let assembly = Assembly::new(0, offer.streams, self.regions.iter().cloned());
         let readers = Readers::new().map_err(AttemptError::local("make an eventfd"))?;
-        let (entry, arriving, back) = Entry::new(offer, Arc::clone(&destinations));
+        let (entry, arriving, back) = Entry::new(offer, Arc::clone(&destinations), promised_bytes);
         let entry = Arc::new(entry);
         let mut state = self.receiver.lock();
         state.attempts.insert(token, Arc::clone(&entry));
@@ -221,9 +232,9 @@ impl Attempt {
                 PreparedMemory::new(region).map_err(AttemptError::local("open /dev/zero"))?;
             return Ok(Place::Prepared(memory));
         }
-        let config = &self.receiver.config;
+        let directory = &self.receiver.config.directory;
         let (name, bytes) = (offered.name.clone(), offered.length);
-        let file = DestinationFile::create(&config.directory, name, bytes, config.huge_pages)?;
+        let file = DestinationFile::create(directory, name, bytes, self.huge_pages)?;
         Ok(Place::New(file))
     }
 
@@ -380,6 +391,7 @@ impl Attempt {
             "id": self.id,
             "status": status,
             "regions": names,
+            "huge-pages": self.huge_pages,
             "ram": {"total": total, "transferred": self.received.get()},
         });
         if let Some(bytes) = self.blob_bytes {

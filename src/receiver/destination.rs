@@ -8,8 +8,9 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::fcntl::{
@@ -18,12 +19,12 @@ use nix::fcntl::{
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::linkat;
 
-use crate::config::HugePages;
+use crate::limits::{HUGE_PAGE_BYTES, HUGE_PAGE_PAGES, PAGE_BYTES, PAGE_LEN};
 use crate::name::Name;
-use crate::pages::PageRange;
-use crate::region::{Access, Region, RegionError};
+use crate::pages::{PageRange, dense_areas};
+use crate::region::{Access, Mapping, Region, RegionError};
 use crate::stream::Destination;
-use crate::sys::file::advise_huge_pages;
+use crate::sys;
 use crate::wire::Hex128;
 
 /// What hidden names begin with. A Region's name cannot begin with a dot.
@@ -33,6 +34,9 @@ const HIDDEN: &str = ".memferry-";
 #[derive(Debug)]
 pub(super) struct DestinationFile {
     region: Region,
+    /// A second mapping, which asks for huge pages where the first one does not: what is allocated
+    /// through it comes in huge pages, everything else page by page.
+    huge: Option<Arc<Mapping>>,
     final_path: PathBuf,
 }
 
@@ -42,27 +46,26 @@ impl DestinationFile {
         directory: &Path,
         name: Name,
         bytes: u64,
-        huge_pages: HugePages,
+        huge_pages: bool,
     ) -> Result<Self, RegionError> {
         let final_path = directory.join(name.as_str());
         let origin = final_path.display().to_string();
-        let opened = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(OFlag::O_TMPFILE.bits())
-            .mode(0o600)
-            .open(directory)
-            .and_then(|file| file.set_len(bytes).map(|()| file));
-        let file = match opened {
+        let file = match unnamed(directory, bytes) {
             Ok(file) => file,
             Err(source) => return Err(RegionError::Open { origin, source }),
         };
         let region = Region::new(name, origin, file, Access::Write)?;
-        if huge_pages == HugePages::Auto {
-            // Before anything allocates: afterwards it is too late.
-            advise_huge_pages(region.mapping());
-        }
-        Ok(Self { region, final_path })
+        let huge = huge_pages.then(|| asking_for_huge_pages(region.file(), bytes));
+        let huge = huge.transpose().map_err(|source| RegionError::Map {
+            origin: region.origin().to_owned(),
+            bytes,
+            source,
+        })?;
+        Ok(Self {
+            region,
+            huge,
+            final_path,
+        })
     }
 
     /// Where it will be once it is committed.
@@ -123,6 +126,21 @@ impl Destination for DestinationFile {
         &self.region
     }
 
+    fn populate(&self, ranges: &[PageRange]) {
+        if let Some(huge) = &self.huge {
+            // Only what is mostly data: a hole stays one, and an island costs what it holds.
+            for page in dense_areas(ranges, HUGE_PAGE_PAGES) {
+                let first = usize::try_from(page * PAGE_BYTES);
+                if let Some(span) = first.ok().and_then(|first| huge.span(first, PAGE_LEN)) {
+                    // One touch makes all of it; where there is none left, only what is needed.
+                    let _ = sys::file::populate(&span, Access::Write);
+                }
+            }
+        }
+        // In the tables of the mapping that payload is placed through.
+        ranges.iter().for_each(|range| self.region.populate(*range));
+    }
+
     fn clear(&self, range: PageRange) -> io::Result<()> {
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let signed = |n: u64| i64::try_from(n).map_err(|_| Errno::EINVAL);
@@ -134,6 +152,39 @@ impl Destination for DestinationFile {
             signed(bytes)?,
         )?)
     }
+}
+
+/// A file without a name, all of it a hole.
+fn unnamed(directory: &Path, bytes: u64) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlag::O_TMPFILE.bits())
+        .mode(0o600)
+        .open(directory)?;
+    file.set_len(bytes)?;
+    Ok(file)
+}
+
+fn asking_for_huge_pages(file: &File, bytes: u64) -> io::Result<Arc<Mapping>> {
+    let len = usize::try_from(bytes).map_err(|_| Errno::EFBIG)?;
+    let mapping = Mapping::new(file, len, Access::Write)?;
+    sys::file::advise_huge_pages(&mapping);
+    Ok(mapping)
+}
+
+/// Whether files in `directory` get huge pages when they ask for them. Found out by a trial: a kernel may
+/// lack them, a tmpfs has to be mounted for them, and there may be none left.
+pub(super) fn gives_huge_pages(directory: &Path) -> bool {
+    let given = || {
+        let file = unnamed(directory, HUGE_PAGE_BYTES)?;
+        let mapping = asking_for_huge_pages(&file, HUGE_PAGE_BYTES)?;
+        // One page is touched; as much is allocated as one page is large.
+        let page = mapping.whole().take(PAGE_LEN);
+        sys::file::populate(&page, Access::Write)?;
+        Ok::<_, io::Error>(file.metadata()?.blocks() * 512 >= HUGE_PAGE_BYTES)
+    };
+    given().unwrap_or(false)
 }
 
 /// A file under its hidden name; removed when dropped, unless it was kept. The lock tells a receiver
@@ -220,7 +271,7 @@ mod tests {
 
     fn file(directory: &Path, name: &str) -> DestinationFile {
         let name = Name::new(name).unwrap();
-        DestinationFile::create(directory, name, 3 * 4096, HugePages::Auto).unwrap()
+        DestinationFile::create(directory, name, 3 * 4096, false).unwrap()
     }
 
     fn listing(directory: &Path) -> Vec<String> {

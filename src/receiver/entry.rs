@@ -43,7 +43,7 @@ pub(super) struct Entry {
     id: Name,
     nonce: Hex128,
     sender: BootId,
-    data_bytes: u64,
+    promised_bytes: u64,
     total_bytes: u64,
     destinations: Arc<[Place]>,
     claims: Mutex<Claims>,
@@ -85,20 +85,17 @@ impl Entry {
     pub(super) fn new(
         offer: &Offer,
         destinations: Arc<[Place]>,
+        promised_bytes: u64,
     ) -> (Self, mpsc::Receiver<Arrival>, Return) {
         let count = usize::from(offer.streams);
         let (streams, arriving) = mpsc::channel(count);
         let (resumes, resuming) = mpsc::channel(1);
         let regions = &offer.regions;
-        let arrive_in_files = regions.iter().zip(destinations.iter());
-        let arrive_in_files = arrive_in_files.filter(|(_, place)| place.file().is_some());
         let entry = Self {
             id: offer.id.clone(),
             nonce: offer.nonce,
             sender: offer.boot_id.clone(),
-            data_bytes: arrive_in_files
-                .map(|(region, _)| region.data_bytes.min(region.length))
-                .sum(),
+            promised_bytes,
             total_bytes: regions.iter().map(|region| region.length).sum(),
             destinations,
             claims: Mutex::new(Claims {
@@ -145,7 +142,7 @@ impl Entry {
             .filter_map(Place::file)
             .map(DestinationFile::allocated_bytes)
             .sum();
-        self.data_bytes.saturating_sub(allocated)
+        self.promised_bytes.saturating_sub(allocated)
     }
 
     fn claims(&self) -> MutexGuard<'_, Claims> {

@@ -41,6 +41,15 @@ impl Destination for Place {
         }
     }
 
+    fn populate(&self, ranges: &[PageRange]) {
+        match self {
+            Self::New(file) => file.populate(ranges),
+            Self::Prepared(memory) => ranges
+                .iter()
+                .for_each(|range| memory.region.populate(*range)),
+        }
+    }
+
     fn clear(&self, range: PageRange) -> io::Result<()> {
         match self {
             Self::New(file) => file.clear(range),

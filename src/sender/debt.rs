@@ -108,6 +108,7 @@ impl Debt {
         iteration: u32,
         first: bool,
         packet_size: u64,
+        streams: u16,
     ) -> Result<Arc<Plan>, TransferError> {
         let (sources, owed) = (Arc::clone(&self.sources), Arc::clone(&self.owed));
         let plan = spawn_blocking(move || {
@@ -115,7 +116,7 @@ impl Debt {
             for (index, (region, tracker)) in (0..).zip(&*sources) {
                 tracker.plan(index, region, &owed.of(index), first, &mut runs)?;
             }
-            Ok::<_, RegionError>(Plan::new(iteration, packet_size, runs))
+            Ok::<_, RegionError>(Plan::new(iteration, packet_size, streams, runs))
         });
         let plan = plan
             .await

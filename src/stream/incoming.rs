@@ -25,6 +25,14 @@ pub trait Destination: Send + Sync + std::fmt::Debug {
     /// The memory, mapped for writing.
     fn region(&self) -> &Region;
 
+    /// Makes memory for payload that comes for the first time, at once instead of a fault per page. Best
+    /// effort: whoever touches the pages meets the same error, and knows what it means.
+    fn populate(&self, ranges: &[PageRange]) {
+        ranges
+            .iter()
+            .for_each(|range| self.region().populate(*range));
+    }
+
     /// Makes `range` read as zeros, giving its memory back where that is possible. For memory that
     /// is blank, called only for ranges that had payload placed in them.
     fn clear(&self, range: PageRange) -> io::Result<()>;
@@ -63,6 +71,8 @@ pub struct IncomingStream<D> {
     table_bytes: Vec<u8>,
     torn: TornTable,
     buffer: Box<[u8]>,
+    /// Ranges of a packet that come for the first time.
+    fresh: Vec<PageRange>,
 }
 
 impl<D: Destination> IncomingStream<D> {
@@ -88,6 +98,7 @@ impl<D: Destination> IncomingStream<D> {
             table_bytes: Vec::new(),
             torn: TornTable::default(),
             buffer: vec![0; BLOCK_LEN].into_boxed_slice(),
+            fresh: Vec::new(),
         }
     }
 
@@ -132,13 +143,13 @@ impl<D: Destination> IncomingStream<D> {
         self.read_table(header, incoming.bytes())?;
         let region = destination.region();
 
+        // Only what has payload: a hole of the source stays one.
+        let fresh = |range: &PageRange| !incoming.was_written(*range);
+        self.fresh.clear();
+        self.fresh.extend(self.table.data().filter(fresh));
+        destination.populate(&self.fresh);
         let mut spans = Vec::with_capacity(self.table.extents.len());
         for range in self.table.data() {
-            // What comes for the first time would fault page by page. Only what has payload: a hole of
-            // the source stays one.
-            if !incoming.was_written(range) {
-                region.populate(range);
-            }
             incoming.placing(range);
             spans.push(region.span_mut(range));
         }

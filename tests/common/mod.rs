@@ -12,6 +12,7 @@
 
 pub(crate) mod fake;
 pub(crate) mod memory;
+pub(crate) mod mount;
 pub(crate) mod random;
 pub(crate) mod relay;
 

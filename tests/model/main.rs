@@ -305,7 +305,7 @@ impl<'a> Attempt<'a> {
                 &mut runs,
             )?;
         }
-        let plan = Arc::new(Plan::new(self.iteration, self.shape.packet_bytes, runs));
+        let plan = Arc::new(Plan::new(self.iteration, self.shape.packet_bytes, 1, runs));
         let (turns, streams) = (&self.turns, self.shape.streams);
         turns.begin(self.streams.len());
         let results: Vec<_> = thread::scope(|scope| {

@@ -77,7 +77,12 @@ impl Transfer {
         if self.scans() {
             let plan = self
                 .debt
-                .plan(self.iteration, false, self.parameters.packet_size)
+                .plan(
+                    self.iteration,
+                    false,
+                    self.parameters.packet_size,
+                    self.crew.len(),
+                )
                 .await?;
             let (reports, _) = self.pass(plan, Pass::Check).await?;
             let pages = reports.iter().map(|report| report.pages).sum();

@@ -109,6 +109,7 @@ impl Transfer {
                 self.iteration,
                 self.passes == 0,
                 self.parameters.packet_size,
+                self.crew.len(),
             )
             .await?;
         let planned = plan.owed_pages();
