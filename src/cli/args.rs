@@ -229,6 +229,10 @@ pub struct MigrateArgs {
     /// A parameter for this transfer only, for example `--set max-bandwidth=300MiB/s`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = parse_setting)]
     pub settings: Vec<(String, Value)>,
+    /// What belongs to the memory and is final once its writer stands still, such as a machine's device
+    /// state: a file, or a pipe (/dev/stdin) that is closed then. It arrives with the commit.
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    pub final_blob: Option<PathBuf>,
     /// Return once the daemon has accepted the transfer, and print its id.
     #[arg(long, conflicts_with = "dry_run")]
     pub detach: bool,

@@ -285,7 +285,7 @@ mod tests {
             });
             convergence(&answer)
         };
-        let ahead = json!({"verdict": "converging", "ratio": 3.14, "dirty-rate": 1024.0, "bandwidth": 3215.0});
+        let ahead = json!({"verdict": "converging", "ratio": 3.12, "dirty-rate": 1024.0, "bandwidth": 3215.0});
         assert_eq!(
             told("active", ahead.clone(), Value::Null).as_deref(),
             Some("1.0 KiB/s, sent at 3.1 KiB/s: converging 3.1x")
