@@ -23,7 +23,7 @@ fn dense_memory_comes_in_huge_pages_and_islands_cost_what_they_hold() {
     };
     let mut pair = Pair::on(mount.path());
     let path = pair.stage.path("mixed");
-    let mut islands = vec![(HUGE, 3 * HUGE), (20 * HUGE, HUGE / 2 + 4096)];
+    let mut islands = vec![(HUGE, 3 * HUGE), (20 * HUGE, HUGE / 2)];
     islands.extend((30..40).map(|n| (n * HUGE + MIB, 256 << 10)));
     sparse(&path, 64 * HUGE, &islands);
     pair.add("mixed", &path);

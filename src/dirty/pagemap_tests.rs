@@ -100,6 +100,40 @@ fn refused_descriptor(result: Result<PagemapTracker, TrackerError>) -> String {
 }
 
 #[test]
+fn shares_are_all_of_it_and_end_where_a_page_does() {
+    for (start, len, count, page) in [
+        (0x7000, 5 << 30, 8, 2 << 20),
+        (0x4000_0000, 1 << 30, 2, 1 << 30),
+        (0x7fff_f000, (3 << 30) + 4096, 3, 2 << 20),
+        (0x1000, 4096, 1, 2 << 20),
+    ] {
+        let range = AddressRange { start, len };
+        let all: Vec<_> = shares(range, count, page).collect();
+        assert!(all.len() as u64 <= count, "{all:?}");
+        assert_eq!(all[0].start, start);
+        assert_eq!(all[all.len() - 1].end(), range.end());
+        for pair in all.windows(2) {
+            assert_eq!(pair[0].end(), pair[1].start);
+            assert!(pair[1].start.is_multiple_of(page), "{all:?}");
+        }
+    }
+}
+
+#[test]
+fn a_large_region_is_looked_at_by_several_threads_and_nothing_is_missed() {
+    let pages = 4 * SHARE_BYTES / PAGE_BYTES;
+    let writer = Writer::new(pages);
+    let mut tracker = writer.tracker();
+    // Whatever this machine has.
+    tracker.runs = vec![vec![PageRegion::default(); 7].into_boxed_slice(); 4];
+    tracker.arm().unwrap();
+    let written: Vec<u64> = (0..pages).step_by(4099).collect();
+    written.iter().for_each(|page| writer.write(*page));
+    assert_eq!(harvest(&mut tracker), written);
+    assert_eq!(harvest(&mut tracker), [0; 0]);
+}
+
+#[test]
 fn every_write_is_seen_exactly_once() {
     let seed = getrandom::u64().unwrap();
     eprintln!("seed {seed:#x}");

@@ -6,7 +6,6 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::channel::{Patience, SocketChannel};
 use crate::peer::{self, Connection};
@@ -22,9 +21,10 @@ pub(super) type StreamEnd = (u16, Result<(), StreamError>);
 #[derive(Debug)]
 pub(super) struct Readers {
     wake: Wake,
-    threads: Vec<thread::JoinHandle<()>>,
-    /// Waits for the threads. Kept, so that whoever stops waiting for it can come back.
-    ending: Option<JoinHandle<()>>,
+    /// Threads that were started since the last end.
+    started: usize,
+    /// Those of them that have not said their last word.
+    at_work: usize,
     ends: mpsc::UnboundedReceiver<StreamEnd>,
     report_end: mpsc::UnboundedSender<StreamEnd>,
 }
@@ -35,8 +35,8 @@ impl Readers {
         let (report_end, ends) = mpsc::unbounded_channel();
         Ok(Self {
             wake: Wake::new()?,
-            threads: Vec::new(),
-            ending: None,
+            started: 0,
+            at_work: 0,
             ends,
             report_end,
         })
@@ -57,48 +57,59 @@ impl Readers {
         let channel =
             SocketChannel::new(peer::into_descriptor(connection)?, patience.clone(), false)?;
         let mut incoming = IncomingStream::new(stream, Box::new(channel), &patience, setup);
-        let report_end = self.report_end.clone();
-        let run = move || {
-            // The attempt may be over, and then nobody wants to know.
-            let _ = report_end.send((stream, incoming.run()));
+        let mut last_word = LastWord {
+            stream,
+            end: Err(StreamError::Ended),
+            report: self.report_end.clone(),
         };
-        self.threads.push(
-            thread::Builder::new()
-                .name(format!("mf-recv-{stream}"))
-                .spawn(run)?,
-        );
+        let run = move || {
+            last_word.end = incoming.run();
+            // Said before what the thread has is given back, which nobody has to wait for.
+            drop(last_word);
+        };
+        thread::Builder::new()
+            .name(format!("mf-recv-{stream}"))
+            .spawn(run)?;
+        (self.started, self.at_work) = (self.started + 1, self.at_work + 1);
         Ok(())
     }
 
-    /// How many there are.
+    /// How many were started since the last end.
     pub(super) fn len(&self) -> usize {
-        self.threads.len()
+        self.started
     }
 
     /// The next stream that ends. Dropping the future loses nothing.
     pub(super) async fn hear(&mut self) -> StreamEnd {
         // `self.report_end` keeps the channel open.
-        self.ends
-            .recv()
-            .await
-            .unwrap_or((0, Err(StreamError::Ended)))
+        let end = self.ends.recv().await;
+        self.at_work -= 1;
+        end.unwrap_or((0, Err(StreamError::Ended)))
     }
 
-    /// Wakes the threads and waits until they have ended: from then on nothing of theirs is placed.
+    /// Wakes the threads and waits until the last has said how it ended: from then on nothing of theirs is
+    /// placed.
     pub(super) async fn end(&mut self) {
         self.wake.wake();
-        let threads = std::mem::take(&mut self.threads);
-        let join = move || {
-            for thread in threads {
-                if thread.join().is_err() {
-                    tracing::error!("a stream's thread panicked");
-                }
-            }
-        };
-        let _ = self
-            .ending
-            .get_or_insert_with(|| spawn_blocking(join))
-            .await;
-        self.ending = None;
+        while self.at_work > 0 {
+            let _ = self.hear().await;
+        }
+        self.started = 0;
+    }
+}
+
+/// How a thread ended, told even if it panics.
+#[derive(Debug)]
+struct LastWord {
+    stream: u16,
+    end: Result<(), StreamError>,
+    report: mpsc::UnboundedSender<StreamEnd>,
+}
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        let end = std::mem::replace(&mut self.end, Err(StreamError::Ended));
+        // The attempt may be over, and then nobody wants to know.
+        let _ = self.report.send((self.stream, end));
     }
 }

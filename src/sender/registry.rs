@@ -89,6 +89,7 @@ impl Tracking {
                 let (pagemap, uffd) = (take(pagemap_fdname)?, take(uffd_fdname)?);
                 let tracker = PagemapTracker::new(pagemap, uffd, *address, region.bytes());
                 tracker.and_then(|tracker| {
+                    let tracker = tracker.on_pages_of(region.page_size());
                     if tracker.check_memory(region.file().as_fd())? == Memory::NotVisible {
                         tracing::warn!(region = %region.name(), "that the writer has this region mapped at its address cannot be seen from here, and is taken on trust");
                     }

@@ -120,8 +120,8 @@ pub fn are_present(range: AddressRange) -> bool {
     true
 }
 
-/// Calls `each` with the start and end of every run of pages in `range` that was written since it was
-/// last protected, and protects it again in the same step. What does not exist yet counts as written
+/// Calls `each` with the runs of pages in `range`, a `buffer` full at a time, that were written since they
+/// were last protected, and protects them again in the same step. What does not exist yet counts as written
 /// until it was protected once. Runs come in ascending order and stay inside `range`.
 ///
 /// `EPERM`: part of the range is not tracked. `ESRCH`: the address space is gone. After an error what was
@@ -132,7 +132,7 @@ pub fn written_and_protect(
     pagemap: BorrowedFd<'_>,
     range: AddressRange,
     buffer: &mut [PageRegion],
-    each: impl FnMut(u64, u64),
+    each: impl FnMut(&[PageRegion]),
 ) -> io::Result<()> {
     // With exactly these masks the kernel takes a short path over the page table, 2 to 4 times as fast
     // as the general one.
@@ -154,9 +154,11 @@ pub fn covered(pagemap: BorrowedFd<'_>, range: AddressRange) -> io::Result<bool>
         PM_SCAN_CHECK_WPASYNC,
         PAGE_IS_WPALLOWED,
         &mut buffer,
-        |start, end| {
-            if start <= reached {
-                reached = reached.max(end);
+        |runs| {
+            for run in runs {
+                if run.start <= reached {
+                    reached = reached.max(run.end);
+                }
             }
         },
     );
@@ -174,7 +176,7 @@ fn scan(
     flags: u64,
     category: u64,
     buffer: &mut [PageRegion],
-    mut each: impl FnMut(u64, u64),
+    mut each: impl FnMut(&[PageRegion]),
 ) -> io::Result<()> {
     let (mut from, end) = (range.start, range.end());
     while from < end {
@@ -198,9 +200,11 @@ fn scan(
         // are addresses in the other address space, whose content is not touched.
         let found = unsafe { ioctls::pagemap_scan(pagemap.as_raw_fd(), &raw mut arg) }?;
         let found = usize::try_from(found).map_err(|_| Errno::EOVERFLOW)?;
-        for run in buffer.get(..found).ok_or(Errno::EOVERFLOW)? {
-            each(run.start.max(range.start), run.end.min(end));
+        let runs = buffer.get_mut(..found).ok_or(Errno::EOVERFLOW)?;
+        for run in &mut *runs {
+            (run.start, run.end) = (run.start.max(range.start), run.end.min(end));
         }
+        each(runs);
         if arg.walk_end <= from {
             // The end of the range lies inside a huge page that cannot be protected in part.
             return Err(Errno::EINVAL.into());
@@ -278,9 +282,11 @@ mod tests {
             let mut buffer = vec![PageRegion::default(); slots];
             let mut scan = || {
                 let mut pages = Vec::new();
-                written_and_protect(pagemap.as_fd(), range, &mut buffer, |start, end| {
+                written_and_protect(pagemap.as_fd(), range, &mut buffer, |runs| {
                     let page = |address| (address - range.start) / PAGE_LEN as u64;
-                    pages.extend(page(start)..page(end));
+                    for run in runs {
+                        pages.extend(page(run.start)..page(run.end));
+                    }
                 })
                 .unwrap();
                 pages
