@@ -124,16 +124,12 @@ impl Transfer {
         let time = started.elapsed();
         let pages: u64 = reports.iter().map(|report| report.pages).sum();
         self.changed_pages = pages.saturating_sub(planned);
-        // Streams read and send side by side, so their rates add up; what each of them takes for
-        // reading says nothing about the link, and the other way round.
+        // Streams read side by side, so these rates add up; and what they take for reading says nothing
+        // about the link.
         let read = reports
             .iter()
             .map(|report| rate(report.read_bytes, report.read_time));
         self.inspect_bytes_per_second = read.sum();
-        let sent: u64 = reports
-            .iter()
-            .map(|report| rate(report.payload_bytes, report.send_time))
-            .sum();
         for report in &reports {
             self.totals[usize::from(report.stream)] = report.totals;
         }
@@ -145,8 +141,11 @@ impl Transfer {
         match writer {
             Writer::Runs => {
                 let marked = self.debt.harvest().await?;
+                // Not their rates added up: with little to send, or a bandwidth limit, one stream waits
+                // for the other.
                 let sending = longest(|report| report.send_time);
-                self.learn(sent, sending, torn_pages, marked, time);
+                let payload = reports.iter().map(|report| report.payload_bytes).sum();
+                self.learn(rate(payload, sending), sending, torn_pages, marked, time);
             }
             Writer::StandsStill => {
                 self.downtime.scan += longest(|report| report.read_time);
