@@ -2,12 +2,16 @@
 
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{ConfigError, ControlConfig, LogConfig, Warning};
 use crate::control::Access;
+
+/// How long threads may go on that a daemon no longer waits for.
+const STOP_WAIT: Duration = Duration::from_secs(2);
 
 /// Why a daemon ended.
 #[derive(Debug, thiserror::Error)]
@@ -43,14 +47,23 @@ pub fn start_log(path: &Path, config: &LogConfig, warnings: &[Warning]) -> Resul
     Ok(())
 }
 
-/// Runs the control plane of a daemon on the calling thread.
+/// Runs the control plane of a daemon on the calling thread. What it left to other threads has a moment to end, and
+/// then ends with the process.
 pub fn block_on<T>(future: impl Future<Output = Result<T, DaemonError>>) -> Result<T, DaemonError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
-    runtime
-        .map_err(DaemonError::setup("start the event loop"))?
-        .block_on(future)
+    let runtime = runtime.map_err(DaemonError::setup("start the event loop"))?;
+    let ended = runtime.block_on(future);
+    runtime.shutdown_timeout(STOP_WAIT);
+    ended
+}
+
+/// Drops `what` on a thread where that may take a while, and waits for it: giving memory back takes tens
+/// of milliseconds per GiB of small pages, and clients are waiting for answers meanwhile.
+pub async fn let_go_of<T: Send + 'static>(what: T) {
+    // A panic in a destructor was reported where it happened.
+    let _ = tokio::task::spawn_blocking(move || drop(what)).await;
 }
 
 /// Who may use the control socket.

@@ -1,7 +1,7 @@
 //! What systemd is told: ready, one status line, stopping. Without `NOTIFY_SOCKET` nothing is sent.
 //!
-//! A message that cannot be sent is logged and forgotten: losing the service manager is no reason to
-//! lose a transfer.
+//! A message that cannot be sent is forgotten: losing the service manager is no reason to lose a transfer. It is
+//! logged when the service manager is lost, and when it is back.
 
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ const STATUS_CHARS_MAX: usize = 512;
 #[derive(Debug, Default)]
 pub struct Notifier {
     status_sent: Option<Instant>,
+    lost: bool,
 }
 
 impl Notifier {
@@ -28,7 +29,7 @@ impl Notifier {
 
     /// Says that the daemon serves: to be called once its sockets accept and its configuration holds.
     pub fn ready(&mut self, status: &str) {
-        send(&[NotifyState::Status(&one_line(status)), NotifyState::Ready]);
+        self.send(&[NotifyState::Status(&one_line(status)), NotifyState::Ready]);
     }
 
     /// Shows `status` in `systemctl status`. Says whether it was due: at most one a second is sent, so
@@ -39,22 +40,28 @@ impl Notifier {
             return false;
         }
         self.status_sent = Some(now);
-        send(&[NotifyState::Status(&one_line(status))]);
+        self.send(&[NotifyState::Status(&one_line(status))]);
         true
     }
 
     /// Says that the daemon is on its way out.
     pub fn stopping(&mut self, status: &str) {
-        send(&[
+        self.send(&[
             NotifyState::Status(&one_line(status)),
             NotifyState::Stopping,
         ]);
     }
-}
 
-fn send(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "cannot reach the service manager");
+    fn send(&mut self, states: &[NotifyState<'_>]) {
+        let sent = sd_notify::notify(states);
+        let was_lost = std::mem::replace(&mut self.lost, sent.is_err());
+        match sent {
+            Err(error) if !was_lost => {
+                tracing::warn!(%error, "cannot reach the service manager; trying on");
+            }
+            Ok(()) if was_lost => tracing::info!("the service manager can be reached again"),
+            _ => {}
+        }
     }
 }
 

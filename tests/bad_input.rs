@@ -9,9 +9,12 @@
 mod common;
 
 use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
 
 use common::memory::{MIB, PAGE, dense, noise, sparse};
-use common::{Daemon, Pair, Stage, Writer, ended, listing, memferry};
+use common::{Daemon, Pair, Stage, Writer, ended, listing, memferry, skip};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use serde_json::{Value, json};
 
 /// Slow enough that whatever is to happen during a transfer of a few MiB happens during it.
@@ -165,6 +168,66 @@ fn a_source_cut_during_the_transfer_is_an_error_and_no_signal() {
         common::memory::assert_same(&source, &pair.destination(name));
         fs::remove_file(pair.destination(name)).unwrap();
     }
+}
+
+#[test]
+fn a_source_with_a_page_that_cannot_be_read_is_named() {
+    let mut pair = Pair::new();
+    let image = pair.stage.path("image");
+    let Some(disk) = common::mount::Mount::disk(&image, 16 * MIB) else {
+        return;
+    };
+    let source = disk.path().join("r");
+    dense(&source, 8 * MIB, 1);
+    let file = File::open(&source).unwrap();
+    file.sync_all().unwrap();
+    // The disk loses most of what is on it, and the kernel forgets what it has read of it.
+    let damaged = File::options().write(true).open(&image).unwrap();
+    damaged.set_len(4 * MIB).unwrap();
+    let advice = PosixFadviseAdvice::POSIX_FADV_DONTNEED;
+    posix_fadvise(&file, 0, 0, advice).unwrap();
+    pair.add("r", &source);
+    pair.begin("r", json!({}));
+    let failed = pair.sender.wait_failed("r", "region-read");
+    let desc = failed["error"]["desc"].as_str().unwrap();
+    assert!(desc.contains(source.to_str().unwrap()), "{desc}");
+    assert!(desc.contains("nput/output error"), "{desc}");
+    pair.receiver.wait_arrival("r", "failed");
+    pair.assert_nothing_happened(&[]);
+    pair.sender.call("region-del", json!({"name": "r"}));
+}
+
+/// Has the kernel take a page of a file for broken memory.
+fn poison(path: &Path, page: u64) -> bool {
+    const MADV_HWPOISON: &str = "100";
+    let program = "import ctypes, mmap, sys\n\
+        file = open(sys.argv[1], 'r+b')\n\
+        memory = mmap.mmap(file.fileno(), 4096, offset=int(sys.argv[2]))\n\
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))\n\
+        memory[0]\n\
+        libc = ctypes.CDLL(None)\n\
+        sys.exit(libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(4096), int(sys.argv[3])) != 0)";
+    let mut python = Command::new("python3");
+    python.args(["-c", program]).arg(path);
+    python.args([&(page * PAGE).to_string(), MADV_HWPOISON]);
+    python.status().is_ok_and(|status| status.success())
+}
+
+#[test]
+#[ignore = "costs the machine a page of its memory until it boots"]
+fn a_source_page_that_goes_bad_during_the_transfer_is_named() {
+    let mut pair = Pair::new();
+    let source = pair.stage.path("r");
+    dense(&source, 4 * MIB, 1);
+    pair.add("r", &source);
+    pair.begin("r", slowly());
+    wait_under_way(&mut pair, "r");
+    if !poison(&source, 4 * MIB / PAGE - 1) {
+        return skip("this kernel poisons no pages (CONFIG_MEMORY_FAILURE)");
+    }
+    pair.sender.wait_failed("r", "region-read");
+    pair.receiver.wait_arrival("r", "failed");
+    pair.assert_nothing_happened(&[]);
 }
 
 #[test]

@@ -43,18 +43,10 @@ impl Half {
         }
     }
 
-    /// Begins, with so much patience that nothing but a cancel ends a wait.
+    /// Begins; a lost connection is a failure.
     fn begin(&mut self) {
-        // One Iteration before the freeze, whatever the rates are: so the second one is the last.
-        let order = json!({
-            "uri": self.fake.uri,
-            "id": "r",
-            "streams": 2,
-            "stall-timeout": "1h",
-            "recover-timeout": "0",
-            "max-iterations": 1,
-        });
-        self.sender.call("migrate", order);
+        let more = json!({"streams": 2, "recover-timeout": "0"});
+        self.sender.begin_patiently(&self.fake.uri, more);
     }
 
     fn cancel(&mut self) {

@@ -203,14 +203,7 @@ impl Half {
         let fake = FakeReceiver::start(manners);
         let mut sender = stage.sender();
         let writer = Writer::start(sender.socket(), &[("r", stage.path("r"))]);
-        let order = json!({
-            "uri": fake.uri,
-            "id": "r",
-            "streams": 1,
-            "stall-timeout": "1h",
-            "max-iterations": 1,
-        });
-        sender.call("migrate", order);
+        sender.begin_patiently(&fake.uri, json!({"streams": 1}));
         writer.wait(STAND_STILL);
         Self {
             sender,

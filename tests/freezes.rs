@@ -91,14 +91,7 @@ fn add(sender: &mut Daemon, writer: &Writer, freeze: Value) {
 
 /// As far as the last Iteration, which the receiver does not acknowledge.
 fn stand_still(sender: &mut Daemon, fake: &FakeReceiver) {
-    let order = json!({
-        "uri": fake.uri,
-        "id": "r",
-        "streams": 1,
-        "stall-timeout": "1h",
-        "max-iterations": 1,
-    });
-    sender.call("migrate", order);
+    sender.begin_patiently(&fake.uri, json!({"streams": 1}));
     fake.wait(|heard| matches!(heard, Heard::Mark { iteration: 2, .. }));
 }
 

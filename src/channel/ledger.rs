@@ -86,12 +86,6 @@ impl Ledger {
         self.since_flush.copied += 1;
     }
 
-    /// The number [`Ledger::lend`] will give next.
-    #[must_use]
-    pub fn next_id(&self) -> u32 {
-        low_half(self.next)
-    }
-
     /// The kernel reports the sends `lo..=hi` (wrapping) as released; `copied` says that it copied at
     /// least one of them after all.
     ///

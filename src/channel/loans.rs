@@ -51,15 +51,10 @@ impl Loans {
         }
     }
 
-    /// One zero-copy call took bytes.
-    pub(super) fn lend(&mut self) {
-        self.ledger.lend();
+    /// One zero-copy call took bytes, or is about to; gives its number.
+    pub(super) fn lend(&mut self) -> u32 {
         self.lent_since_reap += 1;
-    }
-
-    /// The number [`Loans::lend`] gives to the next call.
-    pub(super) fn next_id(&self) -> u32 {
-        self.ledger.next_id()
+        self.ledger.lend()
     }
 
     /// Call `id` is back; `copied` unless it went without a copy. A call that `failed` is not counted.

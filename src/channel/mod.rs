@@ -58,6 +58,8 @@ impl WriteFlags {
     /// pages are those the file had then: where a hole was punched since, they are not the file's any
     /// more. So only where that cannot be, or is found out.
     pub const REGISTERED: Self = Self(2);
+    /// What belongs to it follows at once, so it need not leave on its own. A hint.
+    pub const MORE: Self = Self(4);
 
     /// Both sets together.
     #[must_use]

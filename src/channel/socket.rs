@@ -360,7 +360,11 @@ impl Channel for SocketChannel {
                 "descriptors need at least one byte to travel with",
             ));
         }
-        self.send(iov, usize::MAX, fds, Sending::Copy)
+        let sending = match flags.contains(WriteFlags::MORE) {
+            true => Sending::CopyWithMore,
+            false => Sending::Copy,
+        };
+        self.send(iov, usize::MAX, fds, sending)
     }
 
     fn readv(&mut self, iov: &[SpanMut<'_>], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {

@@ -1,8 +1,9 @@
 //! A TCP socket whose loans go by io_uring: `SEND_ZC`, `SENDMSG_ZC`, and both with registered buffers.
 //!
 //! Everything but the loans is [`SocketChannel`]'s. One send is under way at a time, since two on one
-//! socket may change places; it never waits in the ring (`MSG_DONTWAIT`), so a wake or a deadline has no
-//! send to cancel. Notices may be outstanding by the hundred, and come with the calls that send.
+//! socket may change places. The kernel carries on with it as the socket gets room, so a packet's payload
+//! is one send with one notice. A send that a wake or a deadline has left under way is on loan as any other:
+//! a reset ends it. Notices may be outstanding by the hundred, and come with the calls that send.
 //!
 //! The ring belongs to the thread that lends first. Used from another thread afterwards, the channel
 //! answers with errors and keeps what is on loan mapped.
@@ -19,7 +20,7 @@ use super::copies;
 use super::loans::Loans;
 use super::registered::Registered;
 use super::socket::{DROP_PATIENCE, LEND_BYTES_MIN, SocketChannel};
-use super::wait::Stall;
+use super::wait::{Stall, poll_until};
 use super::{
     Channel, Features, Flush, Patience, Shutdown, Suspect, Woken, WriteFlags, refuse_loan,
 };
@@ -41,6 +42,8 @@ pub struct UringChannel {
     socket: SocketChannel,
     ring: Ring,
     loans: Loans,
+    /// A send has no result yet; how many bytes it has.
+    under_way: Option<usize>,
     /// Sends that failed and whose notice is still to come.
     failed: Vec<u32>,
     registered: Registered,
@@ -85,6 +88,7 @@ impl UringChannel {
                 socket,
                 ring,
                 loans: Loans::default(),
+                under_way: None,
                 failed: Vec::new(),
                 registered: Registered::of(regions),
                 iov: IovBuf::new(),
@@ -137,7 +141,7 @@ impl UringChannel {
         Ok(())
     }
 
-    /// Lends some of `iov`, and waits while the socket is full. Where the kernel does not want to pin more
+    /// Lends `iov`, or the first part of it where it does not go in one send. Where the kernel does not want to pin more
     /// (`ENOMEM`: the memlock limit of the user) it gets better when our loans come back; with none
     /// outstanding the piece is made smaller, and at last copied.
     fn lend(&mut self, iov: &[Span<'_>], registered: bool) -> io::Result<usize> {
@@ -150,7 +154,12 @@ impl UringChannel {
         if bytes == 0 {
             return Ok(0);
         }
-        let mut stall = None;
+        if self.under_way.is_some() {
+            // Its caller was told that the stream is of no further use.
+            return Err(io::Error::other(
+                "a send that was given up is still under way",
+            ));
+        }
         loop {
             let errno = match self.send(iov, registered)? {
                 Ok(sent) => return Ok(sent),
@@ -158,11 +167,6 @@ impl UringChannel {
             };
             match errno {
                 Errno::EINTR => continue,
-                Errno::EAGAIN => {
-                    self.socket
-                        .wait(PollFlags::POLLOUT, &mut stall, "sending")?;
-                    continue;
-                }
                 Errno::ENOMEM | Errno::ENOBUFS => self.refusals += 1,
                 Errno::EINVAL if self.learn_from_refusal(iov, registered) => continue,
                 errno => return Err(self.socket.note_loss(errno.into())),
@@ -203,11 +207,16 @@ impl UringChannel {
         if registered {
             self.registered.begin(&mut self.ring);
         }
-        let id = self.loans.next_id();
+        self.ring.enable()?;
+        let mut stall = Stall::begin(self.socket.patience.stall_timeout, self.queued_bytes());
         let (run, buffer) = self.registered.first_run(iov, registered);
         let gather = self.iov.gather(&run, self.lend_bytes_max);
-        let sending = Sending { id, buffer };
-        self.ring.send(self.socket.fd.as_fd(), &gather, sending)?;
+        // On loan from the moment that the kernel knows of it.
+        let id = self.loans.lend();
+        self.under_way = Some(gather.bytes());
+        let (socket, timeout) = (self.socket.fd.as_fd(), stall.until_look());
+        self.ring
+            .send(socket, &gather, Sending { id, buffer }, timeout)?;
         loop {
             let mut answer = None;
             while let Some(completion) = self.ring.take() {
@@ -216,9 +225,22 @@ impl UringChannel {
             if let Some(answer) = answer {
                 return Ok(answer);
             }
-            // Not seen: a send that does not wait answers in the call that submits it.
-            self.ring.wait(self.socket.patience.stall_timeout)?;
+            self.wait(&mut stall, "sending")?;
         }
+    }
+
+    /// Waits for an answer of the kernel, as long as the wake and `stall` let it.
+    fn wait(&mut self, stall: &mut Stall, what: &str) -> io::Result<()> {
+        if self.socket.patience.wake.is_awake() {
+            return Err(Woken::error());
+        }
+        let look = stall.next_look();
+        self.ring
+            .wait(look.saturating_duration_since(Instant::now()))?;
+        if Instant::now() >= look {
+            stall.check(self.queued_bytes(), what)?;
+        }
+        Ok(())
     }
 
     /// Takes one answer of the kernel into account; the result of the send under way goes to `answer`.
@@ -230,15 +252,17 @@ impl UringChannel {
         match completion {
             Completion::Sent { id, result, owed } => {
                 let result = result.map_err(Errno::from_raw);
-                if owed {
-                    self.loans.lend();
-                    if result.is_err() {
-                        self.failed.push(id);
-                    }
-                } else if result.is_ok() {
-                    self.loans.copied_at_once();
+                let asked = self.under_way.take();
+                if asked.is_some_and(|asked| result.is_ok_and(|sent| sent < asked)) {
+                    self.note_hang_up()?;
                 }
                 *answer = Some(result);
+                if !owed {
+                    return self.loans.released(id, true, result.is_err());
+                }
+                if result.is_err() {
+                    self.failed.push(id);
+                }
                 Ok(())
             }
             Completion::Released { id, copied } => {
@@ -249,6 +273,19 @@ impl UringChannel {
                 self.loans.released(id, copied, failed.is_some())
             }
         }
+    }
+
+    /// A send that came short has met an error, and kept it to itself.
+    fn note_hang_up(&mut self) -> io::Result<()> {
+        if let Some(error) = errqueue::take_error(self.socket.fd.as_fd())? {
+            self.socket.note_loss(error);
+        }
+        let (socket, wake) = (self.socket.fd.as_fd(), &self.socket.patience.wake);
+        let shown = poll_until(socket, PollFlags::empty(), wake, Instant::now());
+        if matches!(shown, Ok(Some(shown)) if shown.contains(PollFlags::POLLHUP)) {
+            self.socket.note_loss(Errno::ECONNRESET.into());
+        }
+        Ok(())
     }
 
     /// Takes the notices that are there; says whether there were any.
@@ -279,15 +316,7 @@ impl UringChannel {
             if self.loans.outstanding() <= outstanding {
                 return Ok(());
             }
-            if self.socket.patience.wake.is_awake() {
-                return Err(Woken::error());
-            }
-            let look = stall.next_look();
-            self.ring
-                .wait(look.saturating_duration_since(Instant::now()))?;
-            if Instant::now() >= look {
-                stall.check(self.queued_bytes(), WHAT)?;
-            }
+            self.wait(&mut stall, WHAT)?;
         }
     }
 }

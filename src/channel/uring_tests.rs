@@ -31,20 +31,16 @@ fn plain(fd: OwnedFd) -> SocketChannel {
     SocketChannel::new(fd, patience(), false).unwrap()
 }
 
-/// A channel whose peer does not read, with as much of `memory` on loan as the socket takes.
+/// A channel whose peer does not read, with `memory` on loan: a send that is under way, of which the socket
+/// has taken as many bytes as it does.
 fn with_loans(memory: &Memory, address: &str) -> (UringChannel, OwnedFd, usize) {
     let (near, far) = tcp_pair(address);
     let mut channel = channel(near, impatient());
-    let mut lent = 0;
-    loop {
-        match channel.writev(&[memory.all().skip(lent)], &[], WriteFlags::ZERO_COPY) {
-            Ok(bytes) => lent += bytes,
-            Err(error) if error.kind() == io::ErrorKind::TimedOut => break,
-            Err(error) => panic!("{error}"),
-        }
-    }
-    assert!(channel.outstanding() > 0);
-    (channel, far, lent)
+    let lent = channel.writev(&[memory.all()], &[], WriteFlags::ZERO_COPY);
+    assert_eq!(lent.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    assert_eq!(channel.outstanding(), 1);
+    let taken = channel.queued_bytes().unwrap();
+    (channel, far, usize::try_from(taken).unwrap())
 }
 
 fn region(memory: &Memory) -> Arc<Region> {
@@ -70,23 +66,22 @@ fn only_tcp_has_it_and_the_socket_comes_back() {
 #[test]
 fn a_wake_ends_blocked_writes_and_flushes() {
     let memory = Memory::filled(MUCH, 1);
-    let (near, _far) = tcp_pair("127.0.0.1");
+    let (near, far) = tcp_pair("127.0.0.1");
     let patience = patience();
     let wake = patience.wake.clone();
     let mut near = channel(near, patience);
-    let (full, is_full) = std::sync::mpsc::channel();
     thread::scope(|scope| {
         let memory = &memory;
         let worker = scope.spawn(move || {
             let lend = WriteFlags::ZERO_COPY;
-            let written = near.writev(&[memory.all()], &[], lend).unwrap();
-            full.send(()).unwrap();
-            let rest = writev_all(&mut near, &[memory.all().skip(written)], lend);
-            assert!(Woken::is(&rest.unwrap_err()));
-            assert!(near.outstanding() > 0);
+            let written = writev_all(&mut near, &[memory.all()], lend);
+            assert!(Woken::is(&written.unwrap_err()));
+            assert_eq!(near.outstanding(), 1);
             assert!(Woken::is(&near.flush().unwrap_err()));
         });
-        is_full.recv().unwrap();
+        // The peer's first byte says that the send has begun.
+        let mut far = plain(far);
+        assert!(far.wait_readable(Duration::from_secs(60)).unwrap());
         wake.wake();
         worker.join().unwrap();
     });
@@ -213,15 +208,20 @@ fn memory_overwritten_before_a_flush_reaches_the_peer() {
         let (near, far) = tcp_pair("127.0.0.1");
         let mut near = UringChannel::new(near, impatient(), vec![Arc::clone(&region)]).unwrap();
         let span = region.mapping().span(0, MUCH).unwrap();
-        let mut lent = 0;
-        while let Ok(bytes) = near.writev(&[span.skip(lent)], &[], flags) {
-            lent += bytes;
-        }
+        let lent = writev_all(&mut near, &[span], flags);
+        assert_eq!(lent.unwrap_err().kind(), io::ErrorKind::TimedOut);
         assert_eq!(near.flush().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let taken = usize::try_from(near.queued_bytes().unwrap()).unwrap();
         memory.fill(b'b');
-        let got = read_all(&mut plain(far), lent).unwrap();
-        assert!(got.contains(&b'b'), "the pages were not on loan");
-        near.flush().unwrap();
+        near.patience_mut().stall_timeout = Duration::from_secs(60);
+        thread::scope(|scope| {
+            let reader = scope.spawn(move || read_all(&mut plain(far), MUCH).unwrap());
+            // The send is still under way, and goes on.
+            near.flush().unwrap();
+            let got = reader.join().unwrap();
+            assert!(got[..taken].contains(&b'b'), "the pages were not on loan");
+            assert!(got[taken..].iter().all(|&byte| byte == b'b'));
+        });
     }
 }
 

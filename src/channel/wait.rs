@@ -88,7 +88,8 @@ fn stalled(timeout: Duration, what: &str) -> io::Error {
     )
 }
 
-/// The deadline on lack of progress. A queue that gets shorter is progress, too.
+/// The deadline on lack of progress. A queue that changes is progress, too: it gets shorter as the peer takes
+/// bytes, and longer as the kernel carries on with a send.
 #[derive(Debug)]
 pub(super) struct Stall {
     timeout: Duration,
@@ -114,10 +115,15 @@ impl Stall {
         self.deadline.min(after(self.timeout / LOOKS))
     }
 
-    /// `TimedOut` if the deadline has passed and `queued_bytes` has not fallen since the last look.
+    /// How long it is until then.
+    pub(super) fn until_look(&self) -> Duration {
+        self.next_look().saturating_duration_since(Instant::now())
+    }
+
+    /// `TimedOut` if the deadline has passed and `queued_bytes` is what it was at the last look.
     pub(super) fn check(&mut self, queued_bytes: Option<u64>, what: &str) -> io::Result<()> {
         let before = std::mem::replace(&mut self.queued_bytes, queued_bytes);
-        if matches!((before, queued_bytes), (Some(before), Some(now)) if now < before) {
+        if matches!((before, queued_bytes), (Some(before), Some(now)) if now != before) {
             self.progressed();
         }
         if Instant::now() < self.deadline {
@@ -138,9 +144,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_queue_that_gets_shorter_is_progress() {
+    fn a_queue_that_changes_is_progress() {
         let mut stall = Stall::begin(Duration::ZERO, Some(100));
         stall.timeout = Duration::from_secs(60);
+        stall.check(Some(99), "sending").unwrap();
+        stall.deadline = Instant::now();
+        stall.check(Some(101), "sending").unwrap();
         stall.check(Some(99), "sending").unwrap();
         stall.deadline = Instant::now();
         let error = stall.check(Some(99), "sending").unwrap_err();

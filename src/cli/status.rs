@@ -98,6 +98,10 @@ fn summary(answer: &Value) -> Vec<String> {
     if let Some(sent) = ram["transferred"].as_f64() {
         row("sent", sent_in_passes(sent, answer));
     }
+    if let Some(pages @ 1..) = ram["torn"].as_u64() {
+        let told = format!("{pages} pages arrived damaged or half written, and came again");
+        row("repaired", told);
+    }
     if let Some(told) = downtime(answer) {
         row("downtime", told);
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener};
 use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::timeout;
 use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -32,6 +33,9 @@ const SILENT_CALLERS_MAX: usize = 64;
 
 /// How long a caller may take for its 64 bytes, or for the first message of a conversation.
 pub(super) const GREETING: Duration = Duration::from_secs(10);
+
+/// How long the attempts may take to end their threads when the receiver is to stop.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Pause after a failed accept: out of descriptors the next try would fail at once, and so on.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -82,7 +86,7 @@ impl Listeners {
         self.0.iter().map(address).collect()
     }
 
-    /// Takes callers in until `shutdown`; then waits for the attempts to have ended.
+    /// Takes callers in until `shutdown`; then waits, not for ever, until the attempts have ended their threads.
     pub(super) async fn serve(self, receiver: &Arc<Receiver>, shutdown: CancellationToken) {
         let calls = TaskTracker::new();
         let silent = Arc::new(Silent::default());
@@ -115,7 +119,9 @@ impl Listeners {
         shutdown.cancelled().await;
         accepting.shutdown().await;
         calls.close();
-        calls.wait().await;
+        if timeout(STOP_DEADLINE, calls.wait()).await.is_err() {
+            tracing::warn!("not all connections have ended; they end with this process");
+        }
     }
 }
 
@@ -200,7 +206,7 @@ impl Call {
     /// wants: a preamble costs a hostile one as little as silence.
     async fn answer(self, mut connection: Connection, slot: u64) {
         let from = self.from.text.clone();
-        let greeted = tokio::time::timeout(GREETING, self.greet(&mut connection)).await;
+        let greeted = timeout(GREETING, self.greet(&mut connection)).await;
         self.silent.remove(slot);
         let greeting = match greeted {
             Ok(Ok(greeting)) => greeting,
@@ -212,9 +218,14 @@ impl Call {
             Greeting::Stream(entry, epoch, stream) => {
                 entry.take_in(epoch, stream, connection).await;
             }
-            Greeting::Conversation(first) => tokio::select! {
-                () = converse(&self.receiver, connection, &from, *first) => {}
-                () = self.shutdown.cancelled() => {}
+            Greeting::Conversation(first) => match *first {
+                FromSender::Offer(offer) => {
+                    attempt::take(&self.receiver, connection, &from, offer, &self.shutdown).await;
+                }
+                first => tokio::select! {
+                    () = converse(&self.receiver, connection, &from, first) => {}
+                    () = self.shutdown.cancelled() => {}
+                },
             },
         }
     }
@@ -262,10 +273,9 @@ enum Greeting {
     Conversation(Box<FromSender>),
 }
 
-/// Serves a conversation, whatever it turns out to be about.
-async fn converse(receiver: &Arc<Receiver>, connection: Connection, from: &str, first: FromSender) {
+/// Serves a conversation that offers nothing.
+async fn converse(receiver: &Receiver, connection: Connection, from: &str, first: FromSender) {
     match first {
-        FromSender::Offer(offer) => attempt::take(receiver, connection, from, offer).await,
         FromSender::Resume(resume) => {
             let held = receiver.lock().attempts.get(&resume.token).cloned();
             match held.filter(|entry| entry.nonce() == resume.nonce) {

@@ -9,9 +9,11 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use crate::assembly::Assembly;
 use crate::config::HugePages;
+use crate::daemon::let_go_of;
 use crate::journal::Decision;
 use crate::limits::RECOVER_SECONDS_MAX;
 use crate::name::Name;
@@ -42,12 +44,14 @@ const REASON_WAIT: Duration = Duration::from_millis(500);
 
 type Talk = Conversation<FromReceiver, FromSender>;
 
-/// Serves a conversation that began with an offer, to the end of the attempt.
+/// Serves a conversation that began with an offer, to the end of the attempt. After `shutdown` the sender is told
+/// nothing: it sees its connections end, and comes back in case the receiver does.
 pub(super) async fn take(
     receiver: &Arc<Receiver>,
     connection: Connection,
     from: &str,
     offer: Offer,
+    shutdown: &CancellationToken,
 ) {
     let patience = Duration::from_millis(offer.stall_timeout_ms).clamp(PATIENCE.0, PATIENCE.1);
     // The sender may notice a loss later than we do, by as much as its patience.
@@ -78,8 +82,11 @@ pub(super) async fn take(
         blob_bytes: None,
     };
     tracing::info!(id = %attempt.id, from, nonce = %attempt.nonce, regions = attempt.regions.len(), "a transfer is offered");
-    let ended = attempt.run(&offer).await;
+    let ended = shutdown.run_until_cancelled(attempt.run(&offer)).await;
     let accepted = attempt.clean_up().await;
+    let Some(ended) = ended else {
+        return tracing::info!(id = %attempt.id, "stopped; what was not committed is not kept");
+    };
     if let Err(error) = ended {
         tracing::warn!(id = %attempt.id, code = error.code(), %error, "the transfer failed; nothing of it is kept");
         let refusal = FromReceiver::Refuse {
@@ -369,19 +376,21 @@ impl Attempt {
     /// Ends every thread and forgets the attempt; says whether it had been accepted. Files without a
     /// name vanish with their descriptors.
     async fn clean_up(&mut self) -> bool {
-        let accepted = self.accepted.take();
-        let entry = match accepted {
-            Some(mut accepted) => {
-                accepted.end_epoch().await;
-                self.receiver.lock().attempts.remove(&accepted.token);
-                Some(Arc::clone(&accepted.entry))
-            }
-            None => None,
-        };
+        let mut accepted = self.accepted.take();
+        if let Some(accepted) = &mut accepted {
+            accepted.end_epoch().await;
+        }
         if self.admitted {
             self.receiver.lock().holdings.ended(&self.id, false);
         }
-        entry.as_ref().inspect(|entry| entry.set_ended()).is_some()
+        let Some(accepted) = accepted else {
+            return false;
+        };
+        let entry = self.receiver.lock().attempts.remove(&accepted.token);
+        let ended = accepted.entry.end();
+        let_go_of((accepted, entry)).await;
+        ended.cancel();
+        true
     }
 
     fn report(&self, status: &str, error: Option<&AttemptError>) {

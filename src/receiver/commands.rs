@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::control::{Answer, Call, CommandError, CommandInfo, Commands, code};
+use crate::daemon::let_go_of;
 use crate::name::Name;
 
 use super::Receiver;
@@ -172,7 +173,8 @@ impl Commands for ReceiverCommands {
             "region-add" => self.region_add(&call),
             "region-del" => {
                 let Region { name } = call.parse()?;
-                self.receiver.lock().holdings.remove(&name)?;
+                let gone = self.receiver.lock().holdings.remove(&name)?;
+                let_go_of(gone).await;
                 Ok(json!({}))
             }
             "region-take" => {

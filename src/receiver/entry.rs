@@ -213,9 +213,9 @@ impl Entry {
         self.given_up.cancelled().await;
     }
 
-    /// It is no attempt under way any more.
-    pub(super) fn set_ended(&self) {
-        self.ended.cancel();
+    /// Cancelled when it is no attempt under way any more.
+    pub(super) fn end(&self) -> CancellationToken {
+        self.ended.clone()
     }
 
     /// Waits until it is none.

@@ -54,7 +54,7 @@ pub(super) enum Prepared {
 }
 
 #[derive(Debug)]
-struct Holding {
+pub(super) struct Holding {
     bytes: u64,
     source: Source,
     stage: Stage,
@@ -129,13 +129,13 @@ impl Holdings {
         Ok(())
     }
 
-    /// Forgets a Region; its memory stays as it is.
-    pub(super) fn remove(&mut self, name: &Name) -> Result<(), CommandError> {
+    /// Forgets a Region; its memory stays as it is. What is given is to be dropped where that may take a
+    /// while.
+    pub(super) fn remove(&mut self, name: &Name) -> Result<Option<Holding>, CommandError> {
         if self.known(name)?.stage == Stage::Arriving {
             return Err(busy(name));
         }
-        self.0.remove(name);
-        Ok(())
+        Ok(self.0.remove(name))
     }
 
     /// Hands the memory of a committed Region out, once.

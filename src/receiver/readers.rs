@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 use crate::channel::{Patience, SocketChannel};
 use crate::peer::{self, Connection};
 use crate::stream::{IncomingSetup, IncomingStream, StreamError};
+use crate::sys;
 use crate::sys::wake::Wake;
 
 use super::prepared::Place;
@@ -63,8 +64,10 @@ impl Readers {
             report: self.report_end.clone(),
         };
         let run = move || {
+            let _ = sys::sched::run_in_long_slices();
             last_word.end = incoming.run();
-            // Said before what the thread has is given back, which nobody has to wait for.
+            // Whoever hears it may rely on the memory being let go of.
+            drop(incoming);
             drop(last_word);
         };
         thread::Builder::new()

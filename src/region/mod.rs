@@ -296,6 +296,16 @@ impl Region {
         self.read(range, buffer)
     }
 
+    /// Whether all bytes of `range`, through the mapping, are zero: reads only up to the first that is not.
+    /// For pages of which [`is_mapped`](Self::is_mapped) has just said yes, as for
+    /// [`read_mapped`](Self::read_mapped); `buffer` has room for them.
+    pub fn is_zero_mapped(&self, range: PageRange, buffer: &mut [u8]) -> Result<bool, RegionError> {
+        match sys::copy::is_zero(&self.span(range)) {
+            Some(zero) => Ok(zero),
+            None => Ok(self.read(range, buffer)?.iter().all(|&byte| byte == 0)),
+        }
+    }
+
     /// Whether all of `range` is in our page tables: then it is no hole, and reading it through the mapping
     /// is neither a fault nor an allocation. Touches nothing.
     #[must_use]

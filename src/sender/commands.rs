@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{FreezeConfig, TrackerConfig};
 use crate::control::{Answer, Call, CommandError, CommandInfo, Commands, code};
+use crate::daemon::let_go_of;
 use crate::endpoint::Endpoint;
 use crate::name::Name;
 use crate::wire::{Hex128, Owner};
@@ -372,7 +373,8 @@ impl Commands for SenderCommands {
             "region-add" => self.region_add(&call),
             "region-del" => {
                 let RegionDel { name } = call.parse()?;
-                self.sender.lock().registry.remove(&name)?;
+                let gone = self.sender.lock().registry.remove(&name)?;
+                let_go_of(gone).await;
                 Ok(json!({}))
             }
             "query-regions" => {

@@ -234,15 +234,13 @@ impl Registry {
     }
 
     /// Forgets a Region that no attempt has.
-    pub(super) fn remove(&mut self, name: &Name) -> Result<(), CommandError> {
+    pub(super) fn remove(&mut self, name: &Name) -> Result<Option<Registered>, CommandError> {
         match &self.known(name)?.hold {
             Hold::Claimed(claim) => Err(busy(name, &claim.id)),
-            Hold::Free | Hold::Moved(_) => {
-                if let Some(gone) = self.regions.remove(name) {
-                    self.moved.forget(&gone.region);
-                }
-                Ok(())
-            }
+            Hold::Free | Hold::Moved(_) => Ok(self
+                .regions
+                .remove(name)
+                .inspect(|gone| self.moved.forget(&gone.region))),
         }
     }
 

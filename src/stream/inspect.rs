@@ -1,6 +1,6 @@
 //! One read of memory serves everything: fingerprint, zero test and checksum.
 //!
-//! A block is copied into a cache-sized buffer and all three are computed from that copy, after the
+//! Where only the zero test is wanted, a page is read up to its first byte that is not zero. Else a block is copied into a cache-sized buffer and all three are computed from that copy, after the
 //! harvest and before the page is lent. What is sent afterwards may be newer (the page is live); then
 //! the receiver's checksum differs from ours, the block counts as torn, and it stays owed. That is
 //! also what makes `scan` exact: a value that came and went between two scans arrives torn.
@@ -59,10 +59,14 @@ impl Inspector {
                 continue;
             }
             // What is a hole by now is not filled again by looking at it.
-            let read = if region.is_mapped(range) {
-                Region::read_mapped
-            } else {
-                Region::read
+            let mapped = is_mapped(region, range)?;
+            if mapped && !self.integrity && fingerprints.is_none() {
+                self.probe(region, range)?;
+                continue;
+            }
+            let read = match mapped {
+                true => Region::read_mapped,
+                false => Region::read,
             };
             for block in blocks(range) {
                 let bytes = read(region, block, &mut self.buffer)?;
@@ -79,6 +83,42 @@ impl Inspector {
         }
         Ok(())
     }
+
+    /// That the data of `table` can still be read; the error says where it cannot, or that the file was resized.
+    pub(super) fn check_readable(&mut self, region: &Region) -> Result<(), RegionError> {
+        region.check_length()?;
+        for block in self.table.data().flat_map(blocks) {
+            region.read(block, &mut self.buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Tells pages that are zero from others, and no more.
+    fn probe(&mut self, region: &Region, range: PageRange) -> Result<(), RegionError> {
+        for first in range.first..range.end() {
+            let page = PageRange { first, count: 1 };
+            let kind = match region.is_zero_mapped(page, &mut self.buffer)? {
+                true => ExtentKind::Zero,
+                false => ExtentKind::Data,
+            };
+            self.table.push(page, kind);
+        }
+        self.read_bytes += range.bytes(region.bytes());
+        Ok(())
+    }
+}
+
+/// Whether all of `range` is in our page tables. What is all data and not there yet is entered at once,
+/// instead of by a fault for every page.
+fn is_mapped(region: &Region, range: PageRange) -> Result<bool, RegionError> {
+    if region.is_mapped(range) {
+        return Ok(true);
+    }
+    if region.next_data(range)? != Some(range) {
+        return Ok(false);
+    }
+    region.populate(range);
+    Ok(region.is_mapped(range))
 }
 
 /// Sorts the pages of one block into runs, and adds those to `table`.

@@ -253,17 +253,17 @@ impl OutgoingStream {
         let payload_spans = self.inspector.table.data().map(|range| region.span(range));
         // The frame's buffer is used again for the next packet, so it is always copied; where all is, it
         // goes in one call, and wakes the receiver once.
-        let sent = if flags == WriteFlags::NONE {
+        let sent = if flags == WriteFlags::NONE || payload == 0 {
             let spans: Vec<_> = std::iter::once(frame).chain(payload_spans).collect();
-            writev_all(&mut *self.channel, &spans, flags)
+            writev_all(&mut *self.channel, &spans, WriteFlags::NONE)
         } else {
             let spans: Vec<_> = payload_spans.collect();
-            writev_all(&mut *self.channel, &[frame], WriteFlags::NONE)
+            writev_all(&mut *self.channel, &[frame], WriteFlags::MORE)
                 .and_then(|()| writev_all(&mut *self.channel, &spans, flags))
         };
         if let Err(error) = sent {
-            // EFAULT is how the kernel says that the file no longer reaches this far.
-            region.check_length()?;
+            // EFAULT is how the kernel says that the file no longer reaches this far, or that a page is unreadable.
+            self.inspector.check_readable(&region)?;
             return Err(self.io_error("the receiver takes no data", error));
         }
         self.totals.packets += 1;

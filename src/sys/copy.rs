@@ -1,8 +1,9 @@
-//! Copying out of memory whose file somebody else may cut short, or whose page may have gone bad.
+//! Reading memory whose file somebody else may cut short, or whose page may have gone bad: copying out of
+//! it, and finding out whether it is zero.
 //!
 //! Touching such memory is a SIGBUS. The few instructions that touch it stand together, and the handler
-//! that is installed here lets a thread that faulted in them go on behind them, where the copy says that
-//! it failed. No page is mapped in place of the one that is missing, and every other SIGBUS goes where it
+//! that is installed here lets a thread that faulted in them go on behind them, where they say that they
+//! failed. No page is mapped in place of the one that is missing, and every other SIGBUS goes where it
 //! went before.
 #![allow(unsafe_code)] // An instruction that may fault, and the handler for it.
 
@@ -27,7 +28,24 @@ pub fn copy(span: &Span<'_>, buffer: &mut [u8]) -> bool {
     unsafe { machine::copy(buffer.as_mut_ptr(), span.base(), span.len()) == 0 }
 }
 
-/// Whether a fault of the copy would be caught; installs the handler at first use.
+/// Whether all bytes of `span` are zero; `None` if not all that had to be looked at could be read. Stops
+/// at the first bytes that are not, so a page that holds something mostly costs one cache line.
+///
+/// Others may write the memory meanwhile. A hole of the file becomes allocated by this.
+#[must_use]
+pub fn is_zero(span: &Span<'_>) -> Option<bool> {
+    if !is_ready() {
+        return None;
+    }
+    // SAFETY: as above, and nothing is written.
+    match unsafe { machine::test(span.base(), span.len()) } {
+        0 => Some(true),
+        1 => Some(false),
+        _ => None,
+    }
+}
+
+/// Whether a fault of the two would be caught; installs the handler at first use.
 fn is_ready() -> bool {
     static READY: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
     *READY.get_or_init(|| machine::catch_faults().is_ok())
@@ -50,8 +68,11 @@ mod machine {
         ".globl memferry_copy",
         ".globl memferry_copy_fails",
         ".type memferry_copy,@function",
-        // System V: rdi is where to, rsi where from, rdx how much; eax says whether it failed. No stack
-        // is used, so that the handler can leave from anywhere.
+        ".hidden memferry_test",
+        ".globl memferry_test",
+        ".type memferry_test,@function",
+        // System V: rdi is where to, rsi where from, rdx how much; eax is 0, or 2 if it failed. No stack
+        // is used here and below, so that the handler can leave from anywhere.
         "memferry_copy:",
         "mov rcx, rdx",
         "shr rcx, 6",
@@ -82,16 +103,55 @@ mod machine {
         "5:",
         "xor eax, eax",
         "ret",
-        "memferry_copy_fails:",
+        ".size memferry_copy, . - memferry_copy",
+        // rdi is where, rsi how much; eax is 0 if all is zero, 1 if not, 2 if it failed.
+        "memferry_test:",
+        "pxor xmm4, xmm4",
+        "mov rcx, rsi",
+        "shr rcx, 6",
+        "jz 3f",
+        "2:",
+        "movdqu xmm0, [rdi]",
+        "movdqu xmm1, [rdi + 16]",
+        "movdqu xmm2, [rdi + 32]",
+        "movdqu xmm3, [rdi + 48]",
+        "por xmm0, xmm1",
+        "por xmm2, xmm3",
+        "por xmm0, xmm2",
+        "pcmpeqb xmm0, xmm4",
+        "pmovmskb eax, xmm0",
+        "cmp eax, 0xffff",
+        "jne 6f",
+        "add rdi, 64",
+        "dec rcx",
+        "jnz 2b",
+        "3:",
+        "and esi, 63",
+        "jz 5f",
+        "4:",
+        "cmp byte ptr [rdi], 0",
+        "jne 6f",
+        "inc rdi",
+        "dec esi",
+        "jnz 4b",
+        "5:",
+        "xor eax, eax",
+        "ret",
+        "6:",
         "mov eax, 1",
         "ret",
-        ".size memferry_copy, . - memferry_copy",
+        "memferry_copy_fails:",
+        "mov eax, 2",
+        "ret",
+        ".size memferry_test, . - memferry_test",
         ".popsection",
     );
 
     unsafe extern "sysv64" {
         #[link_name = "memferry_copy"]
         pub(super) fn copy(to: *mut u8, from: *const u8, bytes: usize) -> u32;
+        #[link_name = "memferry_test"]
+        pub(super) fn test(from: *const u8, bytes: usize) -> u32;
         static memferry_copy_fails: u8;
     }
 
@@ -134,13 +194,17 @@ mod machine {
     }
 }
 
-/// Elsewhere nothing is copied this way, and callers read the file.
+/// Elsewhere nothing is read this way, and callers read the file.
 #[cfg(not(target_arch = "x86_64"))]
 mod machine {
     use super::io;
 
     pub(super) unsafe fn copy(_to: *mut u8, _from: *const u8, _bytes: usize) -> u32 {
-        1
+        2
+    }
+
+    pub(super) unsafe fn test(_from: *const u8, _bytes: usize) -> u32 {
+        2
     }
 
     pub(super) fn catch_faults() -> io::Result<()> {
@@ -170,8 +234,32 @@ mod tests {
         file.set_len(4096).unwrap();
         assert!(!copy(&span, &mut buffer));
         assert!(copy(&mapping.span(0, 4096).unwrap(), &mut buffer));
+        assert_eq!(is_zero(&mapping.span(4096, 4096).unwrap()), None);
+        assert_eq!(is_zero(&mapping.span(0, 4096).unwrap()), Some(false));
         file.set_len(3 * 4096).unwrap();
         assert!(copy(&span, &mut buffer), "nothing was put in its place");
         assert!(buffer[4095..].iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn a_single_bit_anywhere_is_not_zero() {
+        let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(2 * 4096).unwrap();
+        let mapping = Mapping::new(&file, 2 * 4096, Access::Read).unwrap();
+        for (offset, length) in [(0, 4096), (64, 1), (3, 63), (1, 64), (5, 4000)] {
+            let zero = || is_zero(&mapping.span(offset, length).unwrap()).unwrap();
+            for at in [0, length / 2, length - 1] {
+                let set = |bit| file.write_all_at(&[bit], (offset + at) as u64).unwrap();
+                assert!(zero(), "{length} bytes at {offset}");
+                set(1 << (at % 8));
+                assert!(!zero(), "byte {at} of {length} at {offset}");
+                set(0);
+            }
+            // What stands beside it is not looked at.
+            file.write_all_at(&[1], (offset + length) as u64).unwrap();
+            assert!(zero());
+            file.write_all_at(&[0], (offset + length) as u64).unwrap();
+        }
+        assert_eq!(is_zero(&mapping.span(9, 0).unwrap()), Some(true));
     }
 }

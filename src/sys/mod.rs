@@ -10,6 +10,7 @@ pub mod link;
 pub mod msg;
 pub mod pagemap;
 pub mod process;
+pub mod sched;
 pub mod scm;
 pub mod tcp;
 pub mod terminal;

@@ -126,6 +126,8 @@ impl Scatter<'_> {
 pub enum Sending {
     /// Copies it before the call returns.
     Copy,
+    /// The same, and may hold it back for what follows at once (`MSG_MORE`).
+    CopyWithMore,
     /// Keeps references to the pages until it reports them released (`MSG_ZEROCOPY`).
     Lend,
 }
@@ -171,6 +173,7 @@ pub fn send(
         | libc::MSG_NOSIGNAL
         | match sending {
             Sending::Copy => 0,
+            Sending::CopyWithMore => libc::MSG_MORE,
             Sending::Lend => libc::MSG_ZEROCOPY,
         };
     // SAFETY: the iovec and control pointers are of live values of the lengths given, and `gather`

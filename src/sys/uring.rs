@@ -1,4 +1,4 @@
-//! An io_uring ring for zero-copy sends: one send at a time, its notice later.
+//! An io_uring ring for zero-copy sends: one at a time, which may take several goes; its notice later.
 //!
 //! A send answers twice (io_uring_enter(2), `IORING_OP_SEND_ZC`): first with its result, and, if that
 //! said `F_MORE`, later with a notice that the kernel has let go of the memory. Whether a notice follows
@@ -145,8 +145,12 @@ impl Ring {
         self.reports_usage = false;
     }
 
-    /// Sends some of `gather` without waiting for room: a full socket is `EAGAIN` in the answer. Answers
-    /// of earlier sends may be collected by this call.
+    /// Begins to send all of `gather`, and waits up to `timeout` for an answer, of this send or an earlier
+    /// one. The kernel goes on with it as the socket gets room, whenever the ring is waited on; it takes
+    /// less only where the connection ends. One send at a time: two on one socket may change places.
+    ///
+    /// Its last packet buffer is closed (`MSG_EOR`): since Linux 6.10 a send that continues the buffer of
+    /// the one before, and adds none of its own, is reported as copied although nothing was.
     ///
     /// The caller keeps the memory mapped until the send's [`Completion::Released`].
     pub fn send(
@@ -154,6 +158,7 @@ impl Ring {
         socket: BorrowedFd<'_>,
         gather: &Gather<'_>,
         sending: Sending,
+        timeout: Duration,
     ) -> io::Result<()> {
         self.enable()?;
         let usage = if self.reports_usage {
@@ -162,7 +167,7 @@ impl Ring {
             0
         };
         let socket = Fd(socket.as_raw_fd());
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        let flags = libc::MSG_WAITALL | libc::MSG_EOR | libc::MSG_NOSIGNAL;
         let mut header = empty_header();
         let entry = match gather.entries() {
             [only] => {
@@ -189,15 +194,18 @@ impl Ring {
             }
         };
         let entry = entry.user_data(u64::from(sending.id));
+        let timeout = Timespec::from(timeout);
+        let args = SubmitArgs::new().timespec(&timeout);
         // SAFETY: header and iovec are read while the call below submits the entry (`SUBMIT_STABLE`,
         // checked in `new`), and live longer. The payload is a Gather's: mapped for the call, and beyond
         // it the kernel holds its own references to the pages; that nobody reuses or unregisters them
         // before the release is kept by the channel's loans.
         unsafe { self.ring.submission().push(&entry) }.map_err(|_| io::ErrorKind::QuotaExceeded)?;
         loop {
-            match self.ring.submit_and_wait(1) {
+            match self.ring.submitter().submit_with_args(1, &args) {
                 Ok(_) => return Ok(()),
-                // The entry is submitted by the call that is not interrupted; it is never pushed twice.
+                // An error says that nothing was submitted: what went wrong behind that is not told. So
+                // the call that is not interrupted submits the entry, which is never pushed twice.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     self.state = State::Broken;
@@ -299,7 +307,7 @@ impl Ring {
     }
 
     /// Makes the ring this thread's, and has it watch the wake, at first use.
-    fn enable(&mut self) -> io::Result<()> {
+    pub fn enable(&mut self) -> io::Result<()> {
         match self.state {
             State::Enabled => return Ok(()),
             State::Broken => return Err(io::Error::other("the io_uring ring is broken")),

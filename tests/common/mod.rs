@@ -17,7 +17,7 @@ pub(crate) mod random;
 pub(crate) mod relay;
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write as _};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -204,6 +204,18 @@ impl Daemon {
         }
     }
 
+    /// Begins the transfer `r` of all Regions: with one Iteration before the freeze, whatever the rates are, so
+    /// that the second one is the last; and with so much patience that nothing ends a wait by itself. `more` are
+    /// parameters.
+    pub(crate) fn begin_patiently(&mut self, uri: &str, more: Value) {
+        let mut order = json!({"uri": uri, "id": "r", "stall-timeout": "1h", "max-iterations": 1});
+        let Value::Object(more) = more else {
+            panic!("parameters are an object")
+        };
+        order.as_object_mut().unwrap().extend(more);
+        self.call("migrate", order);
+    }
+
     /// Executes a command that must be refused; gives code and text.
     pub(crate) fn refusal(&mut self, command: &str, arguments: Value) -> (String, String) {
         match self.control.execute(command, arguments) {
@@ -384,6 +396,15 @@ impl Pair {
         self.receiver.assert_alive();
         assert_eq!(listing(&self.stage.arrived()), before);
     }
+}
+
+/// Says that a test cannot be made here, where no harness keeps it back. Where everything has to be tested it fails.
+pub(crate) fn skip(why: &str) {
+    assert!(std::env::var_os("CI").is_none(), "{why}");
+    let test = std::thread::current();
+    let test = test.name().unwrap_or_default();
+    let told = format!("SKIPPED {test}: {why}\n");
+    std::io::stderr().write_all(told.as_bytes()).unwrap();
 }
 
 /// Names in a directory, hidden ones too.

@@ -1,6 +1,6 @@
-//! Memory file systems of our own.
+//! File systems of our own.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
 
@@ -8,21 +8,33 @@ use tempfile::TempDir;
 
 use super::{Pair, Stage};
 
-/// A tmpfs on a directory of its own; unmounted at the end.
+/// A file system on a directory of its own; unmounted at the end.
 pub(crate) struct Mount(TempDir);
 
 impl Mount {
-    /// With options as mount(8) takes them. `None`, with a printed reason, where this is not allowed.
+    /// A tmpfs, with options as mount(8) takes them. `None`, with a printed reason, where this is not allowed.
     pub(crate) fn tmpfs(options: &str) -> Option<Self> {
+        Self::of(&["-t", "tmpfs", "-o", options, "tmpfs"])
+    }
+
+    /// A disk of so many bytes in the new file `image`; `None` as above.
+    pub(crate) fn disk(image: &Path, bytes: u64) -> Option<Self> {
+        File::create(image).unwrap().set_len(bytes).unwrap();
+        let made = Command::new("mkfs.ext2").arg("-q").arg(image).output();
+        if !made.is_ok_and(|made| made.status.success()) {
+            eprintln!("skipped: no file system can be made here: mkfs.ext2 (package e2fsprogs)");
+            return None;
+        }
+        Self::of(&["-o", "loop", image.to_str().unwrap()])
+    }
+
+    fn of(what: &[&str]) -> Option<Self> {
         let directory = tempfile::tempdir().unwrap();
-        let mount = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
-            .arg(directory.path())
-            .output();
-        match mount {
+        let mut mount = Command::new("mount");
+        match mount.args(what).arg(directory.path()).output() {
             Ok(output) if output.status.success() => Some(Self(directory)),
             other => {
-                eprintln!("skipped: a tmpfs cannot be mounted here: {other:?}");
+                eprintln!("skipped: {what:?} cannot be mounted here: {other:?}");
                 None
             }
         }

@@ -22,6 +22,12 @@ impl Random {
         self.next() % end
     }
 
+    /// One of these, of which there is at least one.
+    pub(crate) fn one_of<T: Copy>(&mut self, from: &[T]) -> T {
+        let index = self.below(from.len() as u64);
+        from[usize::try_from(index).unwrap()]
+    }
+
     pub(crate) fn one_in(&mut self, count: u64) -> bool {
         self.below(count) == 0
     }

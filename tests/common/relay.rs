@@ -3,7 +3,8 @@
 //!
 //! A test names the frame it wants ([`Relay::hold_next`]), waits until it is there ([`Relay::wait_held`]), does
 //! what it came for, and says what becomes of the frame ([`Relay::release`]). So a fault meets exactly that
-//! moment of the exchange, however fast or slow the machine is.
+//! moment of the exchange, however fast or slow the machine is. What needs nobody to wait for it is
+//! [`Relay::damage`].
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -58,8 +59,10 @@ pub(crate) struct Frame {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Act {
     Pass,
-    /// One bit of this byte arrives wrong.
-    Flip(usize),
+    /// A bit arrives wrong, before the payload.
+    FlipHead,
+    /// A bit of the payload arrives wrong.
+    FlipPayload,
     /// It arrives twice.
     Twice,
     /// Its first half arrives, and then the end of the connection.
@@ -78,7 +81,7 @@ pub(crate) enum Which {
 }
 
 impl Which {
-    fn covers(self, stream: Option<u16>) -> bool {
+    pub(crate) fn covers(self, stream: Option<u16>) -> bool {
         match self {
             Self::Stream(number) => stream == Some(number),
             Self::Streams => stream.is_some(),
@@ -99,15 +102,28 @@ pub(crate) enum Silence {
 
 type Wanted = Box<dyn FnMut(&Frame) -> bool + Send>;
 
+/// What happens to frames without further notice.
+struct Damage {
+    wanted: Wanted,
+    /// To so many of them.
+    left: u64,
+    act: Act,
+}
+
 struct State {
     target: String,
     wanted: Option<Wanted>,
-    held: Option<Frame>,
-    verdict: Option<Act>,
+    /// The frame that is held, and how many were before it.
+    held: Option<(u64, Frame)>,
+    holds: u64,
+    /// Of frames that are to go on.
+    verdicts: Vec<(u64, Act)>,
+    damages: Vec<Damage>,
     silence: Silence,
-    mark_delay: Duration,
-    payloads_to_flip: u64,
     links: Vec<Arc<Link>>,
+    connections: u64,
+    /// Bytes passed on to the receiver.
+    forwarded: u64,
     over: bool,
 }
 
@@ -157,11 +173,13 @@ impl Relay {
                 target: address(target),
                 wanted: None,
                 held: None,
-                verdict: None,
+                holds: 0,
+                verdicts: Vec::new(),
+                damages: Vec::new(),
                 silence: Silence::Nothing,
-                mark_delay: Duration::ZERO,
-                payloads_to_flip: 0,
                 links: Vec::new(),
+                connections: 0,
+                forwarded: 0,
                 over: false,
             }),
             changed: Condvar::new(),
@@ -179,6 +197,11 @@ impl Relay {
     /// Where senders that reach this host as `host` connect.
     pub(crate) fn uri(&self, host: IpAddr) -> String {
         format!("tcp:{host}:{}", self.port)
+    }
+
+    /// Where senders on this host connect.
+    pub(crate) fn local_uri(&self) -> String {
+        self.uri(Ipv4Addr::LOCALHOST.into())
     }
 
     /// From now on new connections go to `target`.
@@ -204,14 +227,14 @@ impl Relay {
             .changed
             .wait_timeout_while(self.shared.lock(), left, |state| state.held.is_none())
             .unwrap_or_else(PoisonError::into_inner);
-        state.held.clone()
+        state.held.as_ref().map(|(_, frame)| frame.clone())
     }
 
     /// Lets the held frame go on its way, or what is left of it.
     pub(crate) fn release(&self, act: Act) {
         let mut state = self.shared.lock();
-        if state.held.take().is_some() {
-            state.verdict = Some(act);
+        if let Some((number, _)) = state.held.take() {
+            state.verdicts.push((number, act));
         }
         drop(state);
         self.shared.changed.notify_all();
@@ -222,20 +245,47 @@ impl Relay {
         self.shared.changed.notify_all();
     }
 
-    /// Every mark takes this long, so that an Iteration never is too short for its writer to write.
-    pub(crate) fn delay_marks(&self, delay: Duration) {
-        self.shared.lock().mark_delay = delay;
+    /// Does this to the next `times` frames that `wanted` accepts.
+    pub(crate) fn damage(
+        &self,
+        act: Act,
+        times: u64,
+        wanted: impl FnMut(&Frame) -> bool + Send + 'static,
+    ) {
+        let wanted = Box::new(wanted);
+        let left = times;
+        let mut state = self.shared.lock();
+        state.damages.push(Damage { wanted, left, act });
     }
 
-    /// In the payload of each of the next `count` packets that have one a bit arrives wrong.
-    pub(crate) fn flip_payloads(&self, count: u64) {
-        self.shared.lock().payloads_to_flip = count;
+    /// Whether all damage that was asked for is done.
+    pub(crate) fn is_spent(&self) -> bool {
+        self.shared
+            .lock()
+            .damages
+            .iter()
+            .all(|damage| damage.left == 0)
+    }
+
+    /// No more damage is done.
+    pub(crate) fn heal(&self) {
+        self.shared.lock().damages.clear();
+    }
+
+    /// Connections so far.
+    pub(crate) fn connections(&self) -> u64 {
+        self.shared.lock().connections
+    }
+
+    /// Bytes passed on to the receiver so far.
+    pub(crate) fn forwarded(&self) -> u64 {
+        self.shared.lock().forwarded
     }
 
     /// Resets connections in both directions. What is held or queued on them is lost.
     pub(crate) fn reset(&self, which: Which) {
-        let links = self.shared.lock().links.clone();
-        for link in links.iter().filter(|link| which.covers(link.stream())) {
+        let links = &mut self.shared.lock().links;
+        for link in links.extract_if(.., |link| which.covers(link.stream())) {
             link.reset();
         }
     }
@@ -288,7 +338,12 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
             receiver,
             purpose: Mutex::default(),
         });
-        shared.lock().links.push(Arc::clone(&link));
+        {
+            let mut state = shared.lock();
+            state.links.push(Arc::clone(&link));
+            state.connections += 1;
+        }
+        pumps.retain(|pump: &JoinHandle<()>| !pump.is_finished());
         for from in [Side::Sender, Side::Receiver] {
             let (shared, link) = (Arc::clone(shared), Arc::clone(&link));
             pumps.push(thread::spawn(move || pump(&shared, &link, from)));
@@ -308,23 +363,24 @@ impl Shared {
     fn judge(&self, frame: &Frame) -> Act {
         let mut state = self.lock();
         let mut act = Act::Pass;
-        if matches!(frame.kind, Kind::Mark { .. }) && !state.mark_delay.is_zero() {
-            act = Act::Late(state.mark_delay);
-        }
-        if frame.payload > 0 && state.payloads_to_flip > 0 {
-            state.payloads_to_flip -= 1;
-            act = Act::Flip(frame.bytes - frame.payload / 2);
+        for damage in &mut state.damages {
+            if damage.left > 0 && (damage.wanted)(frame) {
+                damage.left -= 1;
+                act = damage.act;
+            }
         }
         if state.held.is_none() && state.wanted.as_mut().is_some_and(|wanted| wanted(frame)) {
             state.wanted = None;
-            state.verdict = None;
-            state.held = Some(frame.clone());
+            let mine = state.holds;
+            state.holds += 1;
+            state.held = Some((mine, frame.clone()));
             self.changed.notify_all();
+            let judged = |state: &State| state.verdicts.iter().position(|(at, _)| *at == mine);
             state = self
                 .changed
-                .wait_while(state, |state| state.verdict.is_none() && !state.over)
+                .wait_while(state, |state| judged(state).is_none() && !state.over)
                 .unwrap_or_else(PoisonError::into_inner);
-            act = state.verdict.take().unwrap_or(Act::Pass);
+            act = judged(&state).map_or(Act::Pass, |at| state.verdicts.swap_remove(at).1);
         }
         let silent = |state: &State| match state.silence {
             Silence::Nothing => false,
@@ -361,7 +417,13 @@ fn pump(shared: &Shared, link: &Link, from: Side) {
     loop {
         let read = wire.next();
         let passed = match &read {
-            Ok(Some(frame)) => pass(shared.judge(frame), &mut wire.bytes, writer),
+            Ok(Some(frame)) => {
+                let passed = pass(shared.judge(frame), frame, &mut wire.bytes, writer);
+                if from == Side::Sender {
+                    shared.lock().forwarded += frame.bytes as u64;
+                }
+                passed
+            }
             // A frame that broke off arrives as far as it came.
             _ => write_all(writer, &wire.bytes).map(|()| false),
         };
@@ -386,10 +448,14 @@ fn pump(shared: &Shared, link: &Link, from: Side) {
 }
 
 /// Writes a frame as it was judged; `false`: nothing may follow it.
-fn pass(act: Act, bytes: &mut [u8], writer: &TcpStream) -> io::Result<bool> {
+fn pass(act: Act, frame: &Frame, bytes: &mut [u8], writer: &TcpStream) -> io::Result<bool> {
     match act {
         Act::Pass | Act::Late(_) => write_all(writer, bytes)?,
-        Act::Flip(at) => {
+        Act::FlipHead | Act::FlipPayload => {
+            let at = match act {
+                Act::FlipHead => (frame.bytes - frame.payload) / 2,
+                _ => frame.bytes - frame.payload.div_ceil(2),
+            };
             bytes[at] ^= 0x10;
             write_all(writer, bytes)?;
         }

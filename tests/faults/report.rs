@@ -69,6 +69,13 @@ impl Report {
             self.print_matrix();
         }
         self.print_struck();
+        let seeds = self.cases.iter().filter_map(|(case, _)| match case {
+            Case::Random(seed) => Some(*seed),
+            Case::Cell(_) => None,
+        });
+        if let (Some(first), Some(last)) = (seeds.clone().min(), seeds.max()) {
+            println!("seeds {first} to {last}");
+        }
         println!(
             "= identical, x failed with the source running, s resolved for the source, d resolved for the destination, - skipped, ! wrong"
         );

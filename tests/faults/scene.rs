@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use super::common::memory::{MIB, PAGE, dense, noise};
-use super::common::relay::{Act, Frame, Relay, Silence, Which};
+use super::common::relay::{Act, Frame, Kind, Relay, Silence, Which};
 use super::common::{DEADLINE, Daemon, Stage, Writer, listing, memferry};
 use super::lab::{Clock, Elsewhere, Tmpfs, withdraw_memlock, without_ipc_lock};
 use super::matrix::{FLIPS, Fault, Outcome, PACKET_BYTES, Process, Tracking};
@@ -175,7 +175,11 @@ impl Scene {
         }
         let pids = [sender.pid(), receiver.pid()];
         let relay = Relay::start(&receiver.uri());
-        relay.delay_marks(Duration::from_millis(20));
+        // So that an Iteration never is too short for its writer to write.
+        let late = Act::Late(Duration::from_millis(20));
+        relay.damage(late, u64::MAX, |frame| {
+            matches!(frame.kind, Kind::Mark { .. })
+        });
         Self {
             client: None,
             relay,
@@ -272,7 +276,6 @@ impl Scene {
     pub(crate) fn strike(&mut self, fault: Fault, frame: Option<&Frame>) {
         let struck = Instant::now();
         let stream = frame.and_then(|frame| frame.stream).unwrap_or(0);
-        let head = frame.map_or(0, |frame| frame.bytes - frame.payload);
         let mut act = Act::Pass;
         match fault {
             Fault::Kill(Process::Sender) => {
@@ -326,13 +329,10 @@ impl Scene {
             Fault::Truncate => act = Act::Cut,
             Fault::Delay => act = Act::Late(SHORT),
             Fault::Duplicate => act = Act::Twice,
-            Fault::FlipFrame => act = Act::Flip(head / 2),
-            Fault::FlipPayload => {
-                let frame = frame.filter(|frame| frame.payload > 0);
-                act = Act::Flip(head + frame.expect("it has payload").payload / 2);
-            }
-            Fault::FlipMany => self.relay.flip_payloads(FLIPS),
-            Fault::FlipAlways => self.relay.flip_payloads(u64::MAX),
+            Fault::FlipFrame => act = Act::FlipHead,
+            Fault::FlipPayload => act = Act::FlipPayload,
+            Fault::FlipMany => self.flip_payloads(FLIPS),
+            Fault::FlipAlways => self.flip_payloads(u64::MAX),
             Fault::PauseShort => self.pause(Silence::Everything, SHORT),
             Fault::PauseLong => self.pause_until_noticed(struck, Silence::Everything),
             Fault::Deaf => self.pause_until_noticed(struck, Silence::TowardsReceiver),
@@ -406,6 +406,11 @@ impl Scene {
         kill(Pid::from_raw(writer.pid()), signal).unwrap();
     }
 
+    fn flip_payloads(&self, count: u64) {
+        let has_payload = |frame: &Frame| frame.payload > 0;
+        self.relay.damage(Act::FlipPayload, count, has_payload);
+    }
+
     fn pause(&self, silence: Silence, time: Duration) {
         self.relay.silence(silence);
         self.relay.release(Act::Pass);
@@ -465,6 +470,8 @@ impl Scene {
             let status = seen["status"].as_str().unwrap();
             self.indeterminate |= status == "indeterminate";
             if wanted(status) {
+                // What it announced before may still be unread.
+                while self.hear(Duration::ZERO) {}
                 return seen;
             }
             assert!(Instant::now() < deadline, "{seen:#}");
@@ -472,14 +479,15 @@ impl Scene {
         }
     }
 
-    /// Takes in the sender's next event.
-    fn hear(&mut self, timeout: Duration) {
+    /// Takes in the sender's next event; `false`: there was none.
+    fn hear(&mut self, timeout: Duration) -> bool {
         let event = self.sender.control().next_event(timeout).unwrap();
-        if let Some(event) = event {
+        if let Some(event) = &event {
             self.indeterminate |= event.data["status"] == "indeterminate";
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
             self.clock_jumped |= event.at > now + GRACE;
         }
+        event.is_some()
     }
 
     /// Waits until the receiver has ended the attempt, or has paused it.
@@ -605,7 +613,7 @@ impl Scene {
             let writer = self.writer.as_ref().filter(|_| !self.writer_killed);
             add(&mut self.sender, &self.source, writer);
         }
-        self.relay.flip_payloads(0);
+        self.relay.heal();
         self.setup.bytes = fs::metadata(&self.source).unwrap().len();
         let order = json!({"uri": self.uri(), "id": AGAIN, "regions": [ID]});
         self.sender.call("migrate", order);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::common::random::Random;
 use super::common::relay::{Frame, Kind};
 use super::matrix::{FAULTS, Fault, Outcome, Process, TRACKINGS, Tracking};
 use super::scene::{Measured, Scene, Setup};
@@ -22,31 +23,9 @@ pub(crate) struct Run {
 #[derive(Debug, Clone, Copy)]
 enum Moment {
     /// With a frame of any kind, counted from the fault before.
-    Frame(usize),
+    Frame(u64),
     /// With a message of the hand-over: few frames, and all that ownership hangs on.
     Message(&'static str),
-}
-
-/// Splitmix64: small, and good enough to draw from.
-struct Draw(u64);
-
-impl Draw {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        let bound = u64::try_from(bound).unwrap();
-        usize::try_from(self.next() % bound).unwrap()
-    }
-
-    fn one<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len())]
-    }
 }
 
 /// Whether a fault may come at any moment, and be followed by others.
@@ -62,30 +41,30 @@ fn is_for_any_moment(fault: Fault, tracking: Tracking) -> bool {
 
 /// Plays the run of a seed.
 pub(crate) fn play(seed: u64) -> Run {
-    let mut draw = Draw(seed);
-    let (tracking, _) = draw.one(TRACKINGS);
+    let mut random = Random::new(seed);
+    let (tracking, _) = random.one_of(TRACKINGS);
     let faults: Vec<Fault> = FAULTS
         .iter()
         .map(|&(fault, _)| fault)
         .filter(|&fault| is_for_any_moment(fault, tracking))
         .filter(|fault| super::lab::is_inside() || !fault.needs_lab())
         .collect();
-    let count = 1 + draw.below(3);
-    let faults: Vec<Fault> = (0..count).map(|_| draw.one(&faults)).collect();
-    let pages = 256 + draw.below(1280) as u64;
+    let count = 1 + random.below(3);
+    let faults: Vec<Fault> = (0..count).map(|_| random.one_of(&faults)).collect();
+    let pages = 256 + random.below(1280);
     let parameters = json!({
-        "streams": 1 + draw.below(8),
-        "downtime-limit": draw.one(&["1us", "1ms", "300ms"]),
-        "max-iterations": 1 + draw.below(4),
-        "zero-copy": draw.one(&["auto", "msg-zerocopy", "io-uring", "off"]),
+        "streams": 1 + random.below(8),
+        "downtime-limit": random.one_of(&["1us", "1ms", "300ms"]),
+        "max-iterations": 1 + random.below(4),
+        "zero-copy": random.one_of(&["auto", "msg-zerocopy", "io-uring", "off"]),
     });
     // Whether the faults come early or anywhere: a transfer has some hundred frames.
-    let reach = draw.one(&[10, 100, 400]);
+    let reach = random.one_of(&[10, 100, 400]);
     let moments: Vec<Moment> = faults
         .iter()
-        .map(|_| match draw.below(2) {
-            0 => Moment::Frame(draw.below(reach)),
-            _ => Moment::Message(draw.one(&["prepare", "prepared", "commit", "committed"])),
+        .map(|_| match random.below(2) {
+            0 => Moment::Frame(random.below(reach)),
+            _ => Moment::Message(random.one_of(&["prepare", "prepared", "commit", "committed"])),
         })
         .collect();
 
@@ -100,7 +79,6 @@ pub(crate) fn play(seed: u64) -> Run {
         let mut frames = 0;
         let wanted = move |frame: &Frame| {
             frames += 1;
-            // What would have nothing to flip waits for what has.
             match moment {
                 // What would have nothing to flip waits for what has.
                 Moment::Frame(_) if fault == Fault::FlipPayload && frame.payload == 0 => false,

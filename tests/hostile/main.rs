@@ -15,22 +15,22 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod plan;
-mod relay;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::memory::assert_same;
 use common::random::number;
+use common::relay::{Act, Frame, Kind, Relay, Which};
 use common::{DEADLINE, Daemon, Stage, Writer, listing};
 use memferry::client::ClientError;
 use memferry::workload::{Account, verify};
 use nix::sys::signal::Signal;
 use plan::{Fault, Plan, Tracker, When};
-use relay::Relay;
 use serde_json::{Value, json};
 
 /// Few enough for every `cargo test`.
@@ -81,6 +81,14 @@ struct Prey {
     account: PathBuf,
 }
 
+/// The Iteration that a frame belongs to; 0: to none.
+fn iteration(frame: &Frame) -> u32 {
+    match frame.kind {
+        Kind::Packet { iteration } | Kind::Mark { iteration } => iteration,
+        _ => 0,
+    }
+}
+
 /// That memory holds what its writer wrote last.
 #[track_caller]
 fn assert_all_there(memory: &Path, account: &Account) {
@@ -94,7 +102,7 @@ impl World {
     fn new() -> Self {
         let stage = Stage::new();
         let mut receiver = stage.receiver();
-        let relay = Relay::new(&receiver.uri());
+        let relay = Relay::start(&receiver.uri());
         let sender = stage.sender();
         Self {
             sender,
@@ -133,14 +141,12 @@ impl World {
     /// or the transfer was faster.
     fn attempt(&mut self, plan: &Plan, prey: &mut Prey) -> (Outcome, bool) {
         let mut order = plan.parameters.clone();
-        order["uri"] = json!(self.relay.uri);
+        order["uri"] = json!(self.relay.local_uri());
         order["id"] = json!(prey.name);
         order["regions"] = json!([prey.name]);
-        let mut armed = !matches!(plan.fault, Fault::Nothing | Fault::Refuse);
-        if let When::Bytes(bytes) = plan.when
-            && armed
-        {
-            self.relay.hold_after(bytes);
+        let armed = !matches!(plan.fault, Fault::Nothing | Fault::Refuse);
+        if armed {
+            self.hold(plan, prey, 0);
         }
         if plan.fault == Fault::Refuse {
             fs::write(self.destination(prey), b"somebody's").unwrap();
@@ -149,18 +155,22 @@ impl World {
         let mut struck = plan.fault == Fault::Refuse;
         let deadline = Instant::now() + DEADLINE;
         loop {
-            if armed && self.relay.is_held(LOOK) {
-                (armed, struck) = (false, true);
-                self.strike(plan, prey);
-            }
-            while let Some(event) = self.sender.control().next_event(LOOK).unwrap() {
-                if let When::Since(state, bytes) = plan.when
-                    && armed
-                    && event.data["status"] == state
-                {
-                    self.relay.hold_after(bytes);
+            if let Some(frame) = self.relay.wait_held(Instant::now() + LOOK) {
+                if self.is_time(plan, prey, &frame) {
+                    struck = true;
+                    self.strike(plan, prey);
+                } else {
+                    self.hold(plan, prey, iteration(&frame));
+                    self.relay.release(Act::Pass);
                 }
             }
+            while self
+                .sender
+                .control()
+                .next_event(Duration::ZERO)
+                .unwrap()
+                .is_some()
+            {}
             if let Some(outcome) = self.outcome(prey) {
                 return (outcome, struck);
             }
@@ -170,6 +180,34 @@ impl World {
                 self.sender.log()
             );
         }
+    }
+
+    /// Holds the frame with which it may go wrong; `after`: the last Iteration that was looked at.
+    fn hold(&self, plan: &Plan, prey: &Prey, after: u32) {
+        let when = plan.when;
+        let data = fs::metadata(&prey.memory).unwrap().blocks() * 512;
+        let (mut frames, mut sent) = (0, 0);
+        self.relay.hold_next(move |frame| {
+            frames += 1;
+            sent += frame.payload as u64;
+            let is = |name: &str| frame.kind == Kind::Message(name.to_owned());
+            let here = match when {
+                When::Frames(number) => frames > number,
+                When::Sent(share) => frame.payload > 0 && sent * 100 >= data * share,
+                When::Frozen => iteration(frame) > after,
+                When::Message(name) => return is(name),
+            };
+            here || is("prepare")
+        });
+    }
+
+    /// Whether this is the moment. Only the sender knows which Iteration is behind the freeze.
+    fn is_time(&mut self, plan: &Plan, prey: &Prey, frame: &Frame) -> bool {
+        if plan.when != When::Frozen || matches!(frame.kind, Kind::Message(_)) {
+            return true;
+        }
+        let query = json!({"id": prey.name});
+        self.sender.call("query-migrate", query)["status"] == "device"
     }
 
     fn outcome(&mut self, prey: &Prey) -> Option<Outcome> {
@@ -205,10 +243,15 @@ impl World {
                     Err(error) => panic!("{error}"),
                 }
             }
-            Fault::CutOne => self
-                .relay
-                .cut(|number, count| number == plan.victim % count),
-            Fault::CutAll => self.relay.cut(|_, _| true),
+            Fault::CutOne => {
+                let streams = plan.parameters["streams"].as_u64().unwrap();
+                let victim = plan.victim % (streams + 1);
+                self.relay.reset(match u16::try_from(victim).unwrap() {
+                    0 => Which::Conversation,
+                    number => Which::Stream(number - 1),
+                });
+            }
+            Fault::CutAll => self.relay.reset(Which::All),
             Fault::KillReceiver => self.receiver.kill(),
             Fault::KillSender => self.sender.kill(),
             Fault::KillBoth => {
@@ -217,10 +260,10 @@ impl World {
             }
             Fault::KillWriter => prey.writer = None,
         }
-        self.relay.release();
+        self.relay.release(Act::Pass);
         if matches!(plan.fault, Fault::KillReceiver | Fault::KillBoth) {
             self.receiver = self.stage.receiver();
-            self.relay.set_target(&self.receiver.uri());
+            self.relay.retarget(&self.receiver.uri());
         }
         if matches!(plan.fault, Fault::KillSender | Fault::KillBoth) {
             self.sender = self.stage.sender();
@@ -297,7 +340,8 @@ impl World {
     fn run(&mut self, plan: &Plan) -> (Outcome, bool) {
         let mut prey = self.prey(plan);
         let (outcome, struck) = self.attempt(plan, &mut prey);
-        self.relay.release();
+        self.relay.hold_none();
+        self.relay.release(Act::Pass);
         if plan.fault == Fault::Refuse {
             let there = fs::read(self.destination(&prey)).unwrap();
             assert_eq!(there, b"somebody's");
@@ -316,7 +360,7 @@ impl World {
 
     /// Makes room for the next run.
     fn clear(&mut self, prey: &Prey) {
-        self.relay.forget();
+        self.relay.reset(Which::All);
         let known = self.sender.call("query-regions", Value::Null);
         if !known.as_array().unwrap().is_empty() {
             self.sender.call("region-del", json!({"name": prey.name}));
@@ -348,6 +392,7 @@ fn a_hostile_writer_is_moved_whole_or_stays_whole() {
     let runs = number("MEMFERRY_HOSTILE_RUNS").unwrap_or(RUNS_DEFAULT);
     println!("MEMFERRY_SEED={first} MEMFERRY_HOSTILE_RUNS={runs}");
     let mut world = World::new();
+    let (mut armed, mut struck_count) = (0, 0);
     let mut by_fault = BTreeMap::<_, u64>::new();
     let mut by_writer = BTreeMap::<_, u64>::new();
     for seed in first..first + runs {
@@ -355,6 +400,8 @@ fn a_hostile_writer_is_moved_whole_or_stays_whole() {
         let _told = Told(&plan);
         let (outcome, struck) = world.run(&plan);
         let moved = outcome == Outcome::Completed;
+        armed += u64::from(plan.fault != Fault::Nothing);
+        struck_count += u64::from(struck);
         let fault = if struck { plan.fault } else { Fault::Nothing };
         *by_fault.entry((fault, outcome)).or_default() += 1;
         let writer = format!("{:?} {:?}", plan.tracker, plan.pattern);
@@ -371,6 +418,11 @@ fn a_hostile_writer_is_moved_whole_or_stays_whole() {
         };
         println!("{count:5}  {writer}: {end}");
     }
+    println!("of {armed} faults {struck_count} met their transfer");
+    assert!(
+        struck_count * 20 >= armed * 19,
+        "too late: {struck_count} of {armed}"
+    );
     if runs >= 500 {
         let ends: Vec<_> = by_fault.keys().map(|(_, outcome)| outcome).collect();
         for wanted in [Outcome::Completed, Outcome::Cancelled, Outcome::Forgotten] {

@@ -32,13 +32,17 @@ pub(crate) enum Fault {
     Refuse,
 }
 
-/// When it goes wrong.
+/// When it goes wrong: while a frame is on its way. If that frame does not come, then with `prepare`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum When {
-    /// So many bytes have passed since the transfer began.
-    Bytes(u64),
-    /// So many bytes have passed since it was in this state. It may never be.
-    Since(&'static str, u64),
+    /// So many frames after the first one: connections are being made.
+    Frames(u64),
+    /// The packet with which so many hundredths of the memory have been sent.
+    Sent(u64),
+    /// With the first frame of an Iteration after the freeze.
+    Frozen,
+    /// With this message of the hand-over.
+    Message(&'static str),
 }
 
 #[derive(Debug, Clone)]
@@ -54,7 +58,7 @@ pub(crate) struct Plan {
     pub(crate) parameters: Value,
     pub(crate) fault: Fault,
     pub(crate) when: When,
-    /// Which connection is cut, modulo how many there are.
+    /// Which stream is cut, modulo how many there may be and one more: the conversation.
     pub(crate) victim: u64,
 }
 
@@ -67,55 +71,44 @@ impl Plan {
             1 => PAGE * (1 + random.below(64)),
             _ => PAGE * (1 + random.below(size / PAGE)),
         };
-        let tracker = pick(
-            &mut random,
-            &[
-                Tracker::None,
-                Tracker::Scan,
-                Tracker::Scan,
-                Tracker::Pagemap,
-                Tracker::Pagemap,
-                Tracker::Pagemap,
-                Tracker::Bitmap,
-                Tracker::Bitmap,
-                Tracker::Bitmap,
-            ],
-        );
+        let tracker = random.one_of(&[
+            Tracker::None,
+            Tracker::Scan,
+            Tracker::Scan,
+            Tracker::Pagemap,
+            Tracker::Pagemap,
+            Tracker::Pagemap,
+            Tracker::Bitmap,
+            Tracker::Bitmap,
+            Tracker::Bitmap,
+        ]);
         let rate = match tracker {
             Tracker::None => 0,
             _ => 1 << random.below(10),
         };
-        let fault = pick(
-            &mut random,
-            &[
-                Fault::Nothing,
-                Fault::Nothing,
-                Fault::Nothing,
-                Fault::Cancel,
-                Fault::Cancel,
-                Fault::CutOne,
-                Fault::CutAll,
-                Fault::KillReceiver,
-                Fault::KillSender,
-                Fault::KillBoth,
-                Fault::KillWriter,
-                Fault::Refuse,
-            ],
-        );
+        let fault = random.one_of(&[
+            Fault::Nothing,
+            Fault::Nothing,
+            Fault::Nothing,
+            Fault::Cancel,
+            Fault::Cancel,
+            Fault::CutOne,
+            Fault::CutAll,
+            Fault::KillReceiver,
+            Fault::KillSender,
+            Fault::KillBoth,
+            Fault::KillWriter,
+            Fault::Refuse,
+        ]);
         let when = match random.below(5) {
-            0 => When::Bytes(random.below(4096)),
-            1 => When::Bytes(random.below(size + size / 4)),
-            // A last pass of any length, or of nothing; then the commit, a few hundred bytes.
-            2 => {
-                let most = 1 << random.below(20);
-                When::Since("device", random.below(most))
-            }
-            3 => When::Since("pre-switchover", random.below(200)),
-            _ => When::Since("completing", random.below(700)),
+            0 => When::Frames(random.below(12)),
+            1 | 2 => When::Sent(random.below(100)),
+            3 => When::Frozen,
+            _ => When::Message(random.one_of(&["prepare", "prepared", "commit", "committed"])),
         };
         Self {
             seed,
-            pattern: pick(&mut random, Pattern::value_variants()),
+            pattern: random.one_of(Pattern::value_variants()),
             tracker,
             size,
             working_set,
@@ -131,9 +124,9 @@ impl Plan {
 fn parameters(random: &mut Random, tracker: Tracker) -> Value {
     let mut parameters = json!({
         "streams": 1 + random.below(4),
-        "zero-copy": pick(random, &["auto", "off", "msg-zerocopy", "io-uring", "io-uring-fixed"]),
+        "zero-copy": random.one_of(&["auto", "off", "msg-zerocopy", "io-uring", "io-uring-fixed"]),
         "packet-size": 65536_u64 << random.below(6),
-        "downtime-limit": pick(random, &["100us", "1ms", "20ms", "300ms"]),
+        "downtime-limit": random.one_of(&["100us", "1ms", "20ms", "300ms"]),
         "max-iterations": 1 + random.below(6),
     });
     // Without checksums only exact trackers find what was torn.
@@ -144,11 +137,6 @@ fn parameters(random: &mut Random, tracker: Tracker) -> Value {
         parameters["max-bandwidth"] = json!("64MiB/s");
     }
     parameters
-}
-
-fn pick<T: Copy>(random: &mut Random, from: &[T]) -> T {
-    let index = random.below(from.len() as u64);
-    from[usize::try_from(index).unwrap()]
 }
 
 impl Tracker {

@@ -10,12 +10,12 @@ COST_MAX = {
     ("io-uring-fixed", "4 KiB"): 1 / 6,
     ("io-uring-fixed", "huge"): 1 / 20,
 }
-# What `zero-copy.path` of query-migrate says where nothing is lent.
-PLAIN = "plain"
+# Memory that may not be opened for writing, and so cannot be registered.
+NO_PIN = "no pin"
 COLUMNS = (
     ("engine", 14),
     ("active path", 14),
-    ("pages", 5),
+    ("pages", 6),
     ("checksums", 9),
     ("copied", 7),
     ("sender s/GiB", 12),
@@ -73,11 +73,14 @@ def missed(summary, costs):
         active = row["zero-copy"]["path"]
         if row["engine"] not in ("off", "auto") and row["sends"] == 0:
             found.append(f"{name}: nothing was lent ({active}: {row['zero-copy']['reason']})")
+        if row["engine"] not in ("off", "auto") and active != row["engine"]:
+            found.append(f"{name}: went by {active} ({row['zero-copy']['reason']})")
+        unregistered = "unregistered" in row["zero-copy"]["reason"]
+        if row["engine"] == "io-uring-fixed" and unregistered != (row["pages"] == NO_PIN):
+            found.append(f"{name}: registered or not, against what is expected ({row['zero-copy']['reason']})")
         most = COST_MAX.get((row["engine"], row["pages"]))
         if not costs or most is None or row["integrity"] != "off":
             continue
-        if active != row["engine"]:
-            found.append(f"{name}: went by {active} ({row['zero-copy']['reason']})")
         if row["of-plain"] > most:
             found.append(f"{name}: the sender took {row['of-plain']:.3f} of plain sends, more than {most:.3f}")
     return found

@@ -15,6 +15,7 @@
 
 mod channel;
 #[path = "../common/random.rs"]
+#[allow(dead_code, reason = "other tests use the rest of it")]
 mod random;
 mod turns;
 

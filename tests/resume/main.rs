@@ -6,18 +6,17 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod line;
 
 use std::time::{Duration, Instant};
 
 use common::memory::{MIB, assert_same, dense};
+use common::relay::{Act, Frame, Kind, Relay, Side, Silence, Which};
 use common::{DEADLINE, Pair, Stage, Writer, listing};
-use line::{Damage, Line, Moment, Which};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 /// A pair over a bad line, with the Region `r` that a writer keeps writing.
-fn live(size: u64) -> (Pair, Line, Writer) {
+fn live(size: u64) -> (Pair, Relay, Writer) {
     let mut pair = Pair::new();
     let relay = bad_line(&mut pair);
     let writer = Writer::start(&pair.stage.path("r"), size, "4MiB/s", size / 4);
@@ -26,10 +25,34 @@ fn live(size: u64) -> (Pair, Line, Writer) {
 }
 
 /// From here on the sender reaches the receiver over a bad line.
-fn bad_line(pair: &mut Pair) -> Line {
-    let line = Line::to(&pair.uri);
-    pair.uri.clone_from(&line.uri);
-    line
+fn bad_line(pair: &mut Pair) -> Relay {
+    let relay = Relay::start(&pair.uri);
+    pair.uri = relay.local_uri();
+    relay
+}
+
+/// Where nobody listens: a relay to there hangs up on who connects.
+const NOBODY: &str = "tcp:127.0.0.1:1";
+
+/// From now on nobody can connect, and nobody is connected.
+fn close(relay: &Relay) {
+    relay.retarget(NOBODY);
+    relay.reset(Which::All);
+}
+
+/// Accepts the sender's frame with which so many bytes have passed on such a connection.
+fn after(which: Which, bytes: u64) -> impl FnMut(&Frame) -> bool + Send {
+    let mut passed = 0;
+    move |frame| {
+        let counts = frame.from == Side::Sender && which.covers(frame.stream);
+        passed += if counts { frame.bytes as u64 } else { 0 };
+        counts && passed > bytes
+    }
+}
+
+/// Accepts this message.
+fn says(name: &'static str) -> impl FnMut(&Frame) -> bool + Send {
+    move |frame| frame.kind == Kind::Message(name.to_owned())
 }
 
 /// So slow that there is time to break something.
@@ -72,7 +95,7 @@ fn a_lost_connection_of_any_kind_is_replaced() {
         let (mut pair, relay, writer) = live(4 * MIB);
         pair.begin("r", slow());
         pair.sender.wait_until("r", sent(MIB));
-        relay.cut(which);
+        relay.reset(which);
         let seen = assert_arrived(&mut pair, &writer);
         assert_eq!(seen["recoveries"], 1, "{which:?} {seen:#}");
         assert_eq!(code(&seen), "connection-lost", "{seen:#}");
@@ -84,22 +107,50 @@ fn what_the_line_damages_is_found_and_sent_again() {
     let (mut pair, relay, writer) = live(8 * MIB);
     pair.begin("r", slow());
     let damages = [
-        (Which::Stream(0), Damage::Cut, 10),
-        (Which::Stream(1), Damage::Flip, 70),
-        (Which::Stream(2), Damage::Cut, 100_000),
-        (Which::Stream(0), Damage::Flip, 100_001),
-        (Which::Conversation, Damage::Flip, 3),
-        (Which::Conversation, Damage::Cut, 20),
-        (Which::Stream(1), Damage::Flip, 200_000),
+        (Which::Stream(0), Act::Cut, 10),
+        (Which::Stream(1), Act::FlipHead, 70),
+        (Which::Stream(2), Act::Cut, 100_000),
+        (Which::Stream(0), Act::FlipHead, 100_001),
+        (Which::Conversation, Act::FlipHead, 3),
+        (Which::Conversation, Act::Cut, 20),
+        (Which::Stream(1), Act::FlipHead, 200_000),
     ];
-    for (which, damage, bytes) in damages {
-        relay.set_trap(which, damage, Moment::Bytes(bytes));
+    for (which, act, bytes) in damages {
+        relay.damage(act, 1, after(which, bytes));
         pair.sender.wait_until("r", |seen| {
-            relay.has_sprung() || seen["status"] == "completed"
+            relay.is_spent() || seen["status"] == "completed"
         });
+        relay.heal();
     }
     let seen = assert_arrived(&mut pair, &writer);
     assert!(seen["recoveries"].as_u64() >= Some(2), "{seen:#}");
+}
+
+#[test]
+fn every_flipped_bit_is_found_counted_and_repaired() {
+    const FLIPS: u64 = 20;
+    let mut pair = Pair::new();
+    let relay = bad_line(&mut pair);
+    let source = pair.stage.path("r");
+    dense(&source, 8 * MIB, 1);
+    pair.add("r", &source);
+    let payload = |frame: &Frame| frame.payload > 0;
+    relay.damage(Act::FlipPayload, FLIPS, payload);
+    pair.begin("r", slow());
+    // A packet is one block of 16 pages here.
+    let torn = json!(16 * FLIPS);
+    pair.sender
+        .wait_until("r", |seen| seen["ram"]["torn"] == torn);
+    for times in 1..=3 {
+        relay.damage(Act::FlipHead, 1, payload);
+        let seen = pair.sender.wait_until("r", interrupted(times));
+        assert_eq!(code(&seen), "line-damage", "{seen:#}");
+    }
+    let seen = pair.sender.wait("r", "completed");
+    assert_same(&source, &pair.destination("r"));
+    assert!(relay.is_spent());
+    assert_eq!(seen["ram"]["torn"], torn, "{seen:#}");
+    assert_eq!(seen["recoveries"], 3, "{seen:#}");
 }
 
 #[test]
@@ -115,8 +166,8 @@ fn a_transfer_over_a_line_that_breaks_again_and_again_sends_little_twice() {
         json!({"packet-size": "64KiB", "streams": 2, "max-bandwidth": "6MiB/s"}),
     );
     for cut in 1..=5 {
-        relay.set_trap(Which::All, Damage::Cut, Moment::Bytes(MIB / 4));
-        pair.sender.wait_until("still", |_| relay.has_sprung());
+        relay.damage(Act::Cut, 1, after(Which::All, MIB / 4));
+        pair.sender.wait_until("still", |_| relay.is_spent());
         pair.sender.wait_until("still", interrupted(cut));
     }
     let seen = pair.sender.wait("still", "completed");
@@ -130,7 +181,7 @@ fn a_connection_lost_while_the_writer_stands_still_is_repaired_without_a_thaw() 
     let (mut pair, relay, writer) = live(8 * MIB);
     pair.begin("r", slow_and_frozen());
     pair.sender.wait("r", "device");
-    relay.cut(Which::All);
+    relay.reset(Which::All);
     let seen = pair.sender.wait_until("r", |seen| {
         assert!(writer.is_stopped());
         interrupted(1)(seen) && seen["status"] == "device"
@@ -146,42 +197,38 @@ fn a_writer_waits_for_a_lost_connection_no_longer_than_the_freeze_timeout() {
     order["freeze-timeout"] = json!("300ms");
     pair.begin("r", order);
     pair.sender.wait("r", "device");
-    relay.set_closed(true);
-    relay.cut(Which::All);
+    close(&relay);
     let lost = Instant::now();
     pair.sender.wait("r", "paused");
     while writer.is_stopped() {
         assert!(lost.elapsed() < DEADLINE);
     }
     assert_eq!(pair.sender.wait("r", "paused")["status"], "paused");
-    relay.set_closed(false);
+    relay.retarget(&pair.receiver.uri());
     assert_arrived(&mut pair, &writer);
 }
 
 #[test]
 fn a_hand_over_is_repeated_whichever_word_of_it_was_lost() {
-    for moment in [
-        Moment::Sent("\"prepare\""),
-        Moment::Answered("\"prepared\""),
-    ] {
+    for word in ["prepare", "prepared"] {
         let (mut pair, relay, writer) = live(2 * MIB);
-        relay.set_trap(Which::Conversation, Damage::Cut, moment);
+        relay.damage(Act::Cut, 1, says(word));
         pair.begin("r", json!({"streams": 2}));
         let seen = assert_arrived(&mut pair, &writer);
-        assert_eq!(seen["recoveries"], 1, "{moment:?} {seen:#}");
+        assert_eq!(seen["recoveries"], 1, "{word} {seen:#}");
     }
 }
 
 #[test]
 fn a_resumption_whose_answer_is_lost_is_asked_for_again() {
-    for moment in [Moment::Sent("\"resume\""), Moment::Answered("\"resumed\"")] {
+    for word in ["resume", "resumed"] {
         let (mut pair, relay, writer) = live(4 * MIB);
         pair.begin("r", slow());
         pair.sender.wait_until("r", sent(MIB));
-        relay.set_trap(Which::Conversation, Damage::Cut, moment);
-        relay.cut(Which::All);
+        relay.damage(Act::Cut, 1, says(word));
+        relay.reset(Which::All);
         let seen = assert_arrived(&mut pair, &writer);
-        assert!(relay.has_sprung());
+        assert!(relay.is_spent());
         assert_eq!(seen["recoveries"], 1, "one loss, two tries: {seen:#}");
     }
 }
@@ -208,6 +255,26 @@ fn a_transfer_begins_again_with_a_receiver_that_was_killed() {
 }
 
 #[test]
+fn a_receiver_that_is_told_to_stop_ends_its_threads_and_the_transfer_begins_again() {
+    let stage = Stage::new();
+    let receiver = stage.receiver_with(&stage.peer_uri(), "");
+    let mut pair = Pair::of(stage, receiver);
+    let writer = Writer::start(&pair.stage.path("r"), 8 * MIB, "4MiB/s", 2 * MIB);
+    pair.add_live("r", &writer);
+    pair.begin("r", slow());
+    pair.sender.wait_until("r", sent(MIB));
+    pair.receiver.call("quit", Value::Null);
+    pair.receiver.wait_end();
+    let log = pair.receiver.log();
+    assert!(log.contains("what was not committed is not kept"), "{log}");
+    assert_eq!(listing(&pair.stage.arrived()), [""; 0]);
+    let seen = pair.sender.wait("r", "paused");
+    assert_eq!(code(&seen), "connection-lost", "{seen:#}");
+    pair.receiver = pair.stage.receiver_with(&pair.uri, "");
+    assert_arrived(&mut pair, &writer);
+}
+
+#[test]
 fn a_sender_that_was_killed_can_begin_again_at_once() {
     let (mut pair, relay, writer) = live(8 * MIB);
     pair.begin("r", slow());
@@ -229,8 +296,7 @@ fn a_line_that_stays_broken_fails_the_transfer_on_both_sides_with_the_first_reas
     order["stall-timeout"] = json!("500ms");
     pair.begin("r", order);
     pair.sender.wait_until("r", sent(MIB));
-    relay.set_closed(true);
-    relay.cut(Which::All);
+    close(&relay);
     let failed = pair.sender.wait_failed("r", "connection-lost");
     let desc = failed["error"]["desc"].as_str().unwrap();
     assert!(desc.contains("recover-timeout"), "{desc}");
@@ -246,7 +312,9 @@ fn a_line_that_only_looks_alive_is_not_tried_for_ever() {
     order["recover-timeout"] = json!("1s");
     order["streams"] = json!(1);
     // Every connection comes up, and no packet gets through.
-    relay.set_every(Which::Stream(0), Moment::Bytes(100));
+    relay.damage(Act::Cut, u64::MAX, |frame| {
+        matches!(frame.kind, Kind::Packet { .. })
+    });
     pair.begin("r", order);
     pair.sender.wait_failed("r", "connection-lost");
     assert!(relay.connections() > 4);
@@ -261,13 +329,13 @@ fn a_silent_network_interrupts_until_it_speaks_again() {
     order["stall-timeout"] = json!("500ms");
     pair.begin("r", order);
     pair.sender.wait_until("r", sent(MIB));
-    relay.set_silent(true);
+    relay.silence(Silence::Everything);
     let seen = pair.sender.wait("r", "paused");
     // The line itself answers here, so it looks as if somebody hung; and the receiver may give up first.
     let blamed = ["peer-hung", "destination-slow", "connection-lost"];
     assert!(blamed.contains(&code(&seen)), "{seen:#}");
-    relay.set_silent(false);
-    relay.cut(Which::All);
+    relay.silence(Silence::Nothing);
+    relay.reset(Which::All);
     assert_arrived(&mut pair, &writer);
 }
 
@@ -291,7 +359,9 @@ fn a_receiver_that_hangs_for_a_while_goes_on_where_it_was() {
 #[test]
 fn fewer_streams_than_asked_for_are_a_slower_transfer() {
     let (mut pair, relay, writer) = live(2 * MIB);
-    relay.set_streams_max(2);
+    relay.damage(Act::Cut, u64::MAX, |frame| {
+        frame.kind == Kind::Preamble && frame.stream >= Some(2)
+    });
     pair.begin("r", json!({"streams": 4}));
     let seen = assert_arrived(&mut pair, &writer);
     assert_eq!(seen["streams"], 2, "{seen:#}");
@@ -308,7 +378,7 @@ fn a_paused_transfer_stands_still_until_it_is_to_go_on() {
         let at_pause = seen["ram"]["transferred"].clone();
         writer.assert_runs();
         if lost {
-            relay.cut(Which::All);
+            relay.reset(Which::All);
             pair.receiver.wait_arrival("r", "paused");
         }
         let seen = pair.sender.call("query-migrate", json!({"id": "r"}));
@@ -328,8 +398,7 @@ fn a_lost_transfer_goes_on_at_another_address_of_its_receiver() {
     let (mut pair, relay, writer) = live(8 * MIB);
     pair.begin("r", slow());
     pair.sender.wait_until("r", sent(MIB));
-    relay.set_closed(true);
-    relay.cut(Which::All);
+    close(&relay);
     pair.sender.wait("r", "paused");
     let direct = pair.receiver.uri();
     pair.sender
@@ -346,14 +415,13 @@ fn a_cancel_ends_a_transfer_that_waits() {
         if held {
             pair.sender.call("migrate-pause", json!({"id": "r"}));
         } else {
-            relay.set_closed(true);
-            relay.cut(Which::All);
+            close(&relay);
         }
         pair.sender.wait("r", "paused");
         pair.sender.call("migrate_cancel", json!({"id": "r"}));
         pair.sender.wait("r", "cancelled");
         writer.assert_runs();
-        relay.set_closed(false);
+        relay.retarget(&pair.receiver.uri());
         // And the receiver has room for it again.
         pair.begin("r", json!({}));
         assert_arrived(&mut pair, &writer);
@@ -374,7 +442,7 @@ fn a_tracked_writer_loses_no_page_over_a_bad_line() {
         let at = pair.sender.call("query-migrate", json!({"id": "r"}));
         let at = at["ram"]["transferred"].as_u64().unwrap();
         pair.sender.wait_until("r", sent(at + MIB / 4));
-        relay.cut(if times % 2 == 0 {
+        relay.reset(if times % 2 == 0 {
             Which::All
         } else {
             Which::Stream(0)
@@ -397,9 +465,9 @@ fn a_transfer_over_a_line_cut_every_300_ms_sends_at_most_half_of_it_twice() {
     let started = Instant::now();
     pair.begin("r", json!({"streams": 2}));
     let mut cuts = 0;
+    let mut seen = Value::Null;
     loop {
         let until = Instant::now() + Duration::from_millis(300);
-        let mut seen = Value::Null;
         while Instant::now() < until {
             let left = until.saturating_duration_since(Instant::now());
             pair.sender.control().next_event(left).unwrap();
@@ -409,12 +477,14 @@ fn a_transfer_over_a_line_cut_every_300_ms_sends_at_most_half_of_it_twice() {
             break;
         }
         assert_ne!(seen["status"], "failed", "{seen:#}");
-        relay.cut(Which::All);
+        relay.reset(Which::All);
         cuts += 1;
     }
     let time = started.elapsed().as_secs_f64();
     assert_same(&source, &pair.destination("r"));
-    let ratio = relay.forwarded() as f64 / size as f64;
+    // Also what was lost on its way to the relay was sent.
+    let sent = seen["ram"]["transferred"].as_u64().unwrap();
+    let ratio = sent.max(relay.forwarded()) as f64 / size as f64;
     println!(
         "{} MiB, {cuts} cuts, {time:.1} s, {ratio:.3} of the region sent",
         size / MIB
