@@ -205,8 +205,8 @@ fn ledger(bencher: Bencher<'_, '_>, order: &str) {
     let step: usize = if order == "in order" { 1 } else { 2 };
     let mut ledger = Ledger::new();
     bencher.counter(ItemsCount::new(SENDS)).bench_local(|| {
-        let first = ledger.next_id();
-        (0..SENDS).for_each(|_| {
+        let first = ledger.lend();
+        (1..SENDS).for_each(|_| {
             ledger.lend();
         });
         for start in (0..u32::try_from(step).unwrap()).rev() {
