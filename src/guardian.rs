@@ -1,6 +1,6 @@
 //! Nobody's death leaves a writer standing still.
 //!
-//! Before a sender stops a process it writes down which; before it sends a commit it writes that down
+//! Before a sender stops a process, or slows one down, it writes down which; before it sends a commit it writes that down
 //! too, and only then takes the first note back. So whoever finds a note without a commit knows that
 //! the process has to go on, and that nobody else can own its memory. Three look: the guardian, a child
 //! of the sender that outlives it by the moment this takes; `ExecStopPost` of the unit; and the next
@@ -21,6 +21,9 @@ use crate::wire::{BootId, Hex128};
 
 /// Notes about processes that are to be stopped, beside the journal of commits.
 const NOTES: &str = "frozen";
+
+/// Notes about processes that are slowed down.
+const SLOWED: &str = "slowed";
 
 /// Notes about attempts whose writers were asked to stop themselves.
 const ASKED: &str = "asked";
@@ -59,6 +62,7 @@ struct Note {
 pub struct Guardian {
     runtime_directory: PathBuf,
     notes: Journal,
+    slowed: Journal,
     asked: Journal,
     boot_id: BootId,
     child: Option<Child>,
@@ -72,6 +76,7 @@ impl Guardian {
         let mut guardian = Self {
             runtime_directory: runtime_directory.to_owned(),
             notes: Journal::open(&runtime_directory.join(NOTES))?,
+            slowed: Journal::open(&runtime_directory.join(SLOWED))?,
             asked: Journal::open(&runtime_directory.join(ASKED))?,
             boot_id: journal::boot_id()?,
             child: None,
@@ -139,24 +144,50 @@ impl Guardian {
 
     /// Takes the note back: the processes go on, or the commit is recorded.
     pub fn forget(&self, nonce: Hex128) {
-        for notes in [&self.notes, &self.asked] {
-            if let Err(error) = notes.remove(nonce)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                tracing::warn!(%nonce, %error, "cannot remove the note about a stopped writer");
-            }
-        }
+        remove(&self.notes, nonce);
+        remove(&self.asked, nonce);
+    }
+
+    /// Writes down what is about to be slowed down for an attempt.
+    pub fn note_slowed(&mut self, nonce: Hex128, slowed: Vec<Stopped>) -> io::Result<()> {
+        self.watch()?;
+        let note = Note {
+            nonce,
+            boot_id: self.boot_id.clone(),
+            stopped: slowed,
+        };
+        self.slowed.decide(nonce, note).map(|_| ())
+    }
+
+    /// Takes that note back: they run as before.
+    pub fn forget_slowed(&self, nonce: Hex128) {
+        remove(&self.slowed, nonce);
     }
 }
 
-/// Lets every process go on that a sender which has died had stopped, unless it may have handed the
-/// memory over. What cannot be started again keeps its note.
+/// Removes a note, if there is one.
+fn remove(notes: &Journal, nonce: Hex128) {
+    if let Err(error) = notes.remove(nonce)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(%nonce, %error, "cannot remove the note about a stopped writer");
+    }
+}
+
+/// Lets every process go on as before that a sender which has died had stopped or slowed down, unless it
+/// may have handed the memory over. What cannot be started again keeps its note.
 pub fn release(runtime_directory: &Path) -> io::Result<()> {
-    let notes = runtime_directory.join(NOTES);
+    let commits = Journal::at(runtime_directory);
+    let released =
+        [NOTES, SLOWED].map(|notes| release_noted(&runtime_directory.join(notes), &commits));
+    released.into_iter().collect()
+}
+
+fn release_noted(notes: &Path, commits: &Journal) -> io::Result<()> {
     if !notes.exists() {
         return Ok(());
     }
-    let (notes, commits) = (Journal::at(&notes), Journal::at(runtime_directory));
+    let notes = Journal::at(notes);
     let boot_id = journal::boot_id()?;
     let mut failed = None;
     for note in notes.all::<Note>()? {
@@ -278,6 +309,23 @@ mod tests {
         assert!(sleeper.comes_to_run());
         assert_eq!(notes(directory.path()).all::<Note>().unwrap(), []);
         release(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn what_a_dead_sender_slowed_down_runs_as_before() {
+        let (directory, sleeper) = (tempfile::tempdir().unwrap(), Sleeper::start());
+        let slowed = Journal::open(&directory.path().join(SLOWED)).unwrap();
+        let (nonce, stopped) = (Hex128([1; 16]), sleeper.stop());
+        let boot_id = journal::boot_id().unwrap();
+        let note = Note {
+            nonce,
+            boot_id,
+            stopped,
+        };
+        slowed.decide(nonce, note).unwrap();
+        release(directory.path()).unwrap();
+        assert!(sleeper.comes_to_run());
+        assert_eq!(slowed.all::<Note>().unwrap(), []);
     }
 
     #[test]

@@ -174,6 +174,10 @@ fn cut(left: PageRange, room: u64, packet_pages: u64) -> u64 {
 /// trackers and the commit take about as long.
 const WORTH_ANOTHER: Duration = Duration::from_micros(500);
 
+/// Answers that are waited for while the writer stands still, one after the other: that the last Iteration
+/// was applied, *prepared*, *committed*.
+const ANSWERS: u32 = 3;
+
 /// What is known when an Iteration has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct State {
@@ -189,6 +193,8 @@ pub struct State {
     pub bytes_per_second: u64,
     /// Bytes read and compared per second, as measured.
     pub inspect_bytes_per_second: u64,
+    /// How long an answer of the receiver takes.
+    pub round_trip: Duration,
 }
 
 /// What to do after an Iteration.
@@ -203,12 +209,13 @@ pub enum Next {
 }
 
 impl State {
-    /// How long the writer would stand still if it were frozen now: reading what has to be inspected
-    /// and sending what is owed.
+    /// How long the writer would stand still if it were frozen now: reading what has to be inspected,
+    /// sending what is owed, and the answers that are waited for.
     #[must_use]
     pub fn expected_downtime(&self) -> Duration {
         seconds(self.remaining_bytes, self.bytes_per_second)
             + seconds(self.inspect_bytes, self.inspect_bytes_per_second)
+            + self.round_trip * ANSWERS
     }
 
     /// Whether to go on. `scan` must read everything once more whatever happens, so that part of the
@@ -362,6 +369,7 @@ mod tests {
             inspect_bytes: 0,
             bytes_per_second: 1_000_000_000,
             inspect_bytes_per_second: 1,
+            round_trip: Duration::ZERO,
         };
         let limit = Duration::from_millis(300);
         assert_eq!(state(300_000_000, 1).next(limit, 30), Next::Freeze);
@@ -397,6 +405,11 @@ mod tests {
             Next::Freeze,
             "reading would take longer than it saves"
         );
+        let far = State {
+            round_trip: Duration::from_millis(10),
+            ..state(100_000_000, 2)
+        };
+        assert_eq!(far.expected_downtime(), Duration::from_millis(130));
         let little = State {
             remaining_bytes_before: u64::MAX,
             ..state(400_000, 2)

@@ -19,6 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::channel::Suspect;
 use crate::endpoint::Endpoint;
+use crate::sys::tcp;
 use crate::wire::{
     FRAME_BYTES, FrameHeader, FrameKind, FromReceiver, FromSender, Hex128, PREAMBLE_BYTES,
     Preamble, Purpose, Status, WireError,
@@ -180,6 +181,15 @@ pub fn reached(connection: &Connection, endpoint: &Endpoint) -> Endpoint {
             },
         ),
         Either::Right(_) => endpoint.clone(),
+    }
+}
+
+/// How long an answer from the other end takes; nothing on one host.
+#[must_use]
+pub fn round_trip(connection: &Connection) -> Duration {
+    match connection {
+        Either::Left(tcp) => tcp::round_trip(tcp.as_fd()).unwrap_or_default(),
+        Either::Right(_) => Duration::ZERO,
     }
 }
 

@@ -21,6 +21,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "pages",
             "wire",
             "iteration",
+            "rates",
             "assembly",
             "endpoint",
         ],

@@ -199,10 +199,14 @@ fn a_conversation_that_begins_with_nonsense_ends_there() {
         offer_of(""),
         FrameHeader::frame(&json!({"type": "future"})),
         FrameHeader::frame(&prepare(vec![])),
-        damaged,
-        vec![0x55; 64],
     ] {
-        assert_eq!(first_answer(&bytes), None);
+        match first_answer(&bytes) {
+            Some(FromReceiver::Refuse { code, .. }) => assert_eq!(code.as_str(), "protocol"),
+            other => panic!("not answered with an error: {other:?}"),
+        }
+    }
+    for bytes in [damaged, vec![0x55; 64]] {
+        assert_eq!(first_answer(&bytes), None, "the line is to blame");
     }
     alone.receiver.wait_arrival("x", "failed");
     assert!(!alone.stage.path("x").exists());

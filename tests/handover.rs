@@ -11,9 +11,10 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 
 use common::memory::{MIB, PAGE, dense, noise, punch, sparse};
-use common::{DEADLINE, Daemon, Pair, Stage, Writer, listing};
+use common::{DEADLINE, Daemon, Pair, Stage, Writer, ended, listing};
 use memferry::client::Connection;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::{Value, json};
@@ -141,6 +142,36 @@ fn what_is_written_into_the_blob_until_the_freeze_arrives() {
     pair.sender.wait("r", "completed");
     let (_, fd) = take(&mut pair.receiver, "blob-take", json!({"id": "r"}));
     assert_eq!(content(fd), b"the last word");
+}
+
+#[test]
+fn a_blob_is_given_on_the_command_line() {
+    let mut pair = pair();
+    pair.add_noise(MIB);
+    let (state, uri) = (pair.stage.write("state", "by hand"), pair.uri.clone());
+    let arguments = |file: &Path| {
+        let file = file.to_str().unwrap().to_owned();
+        [
+            uri.clone(),
+            "--id=r".into(),
+            "--progress=none".into(),
+            "--final-blob".into(),
+            file,
+        ]
+    };
+    let migrate = |file: &Path| {
+        let arguments = arguments(file);
+        let mut all = vec!["migrate"];
+        all.extend(arguments.iter().map(String::as_str));
+        ended(&pair.sender.cli(&all))
+    };
+    let (code, said) = migrate(Path::new("/nonexistent/state"));
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("/nonexistent/state"), "{said}");
+    let (code, said) = migrate(&state);
+    assert_eq!(code, Some(0), "{said}");
+    let (_, fd) = take(&mut pair.receiver, "blob-take", json!({"id": "r"}));
+    assert_eq!(content(fd), b"by hand");
 }
 
 #[test]

@@ -229,6 +229,10 @@ pub struct MigrateArgs {
     /// A parameter for this transfer only, for example `--set max-bandwidth=300MiB/s`; may be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = parse_setting)]
     pub settings: Vec<(String, Value)>,
+    /// What belongs to the memory and is final once its writer stands still, such as a machine's device
+    /// state: a file, or a pipe (/dev/stdin) that is closed then. It arrives with the commit.
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    pub final_blob: Option<PathBuf>,
     /// Return once the daemon has accepted the transfer, and print its id.
     #[arg(long, conflicts_with = "dry_run")]
     pub detach: bool,
@@ -321,6 +325,9 @@ pub struct DemoArgs {
     /// How much of the Region the writer writes to.
     #[arg(long, default_value = "128MiB", value_name = "SIZE")]
     pub working_set: Size,
+    /// How the sender finds what is written; by default pagemap where the kernel can, else scan.
+    #[arg(long, value_enum, value_name = "KIND")]
+    pub tracker: Option<TrackerChoice>,
     /// Zero-copy engine: auto, msg-zerocopy, io-uring, io-uring-fixed or off.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub zero_copy: String,

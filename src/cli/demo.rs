@@ -42,13 +42,13 @@ fn show(args: &DemoArgs, interrupts: Option<&Interrupts>) -> Result<Exit, StageE
     let sender = stage.start("sender", &stage.sender_config())?;
     let mut control = sender.connect(&stage)?;
     note(format_args!("filling {} and starting to write", args.size));
-    // It registers its memory with the sender by itself, to be tracked by the kernel and frozen.
+    // It registers its memory with the sender by itself, to be tracked and frozen.
     let _writer = stage.start_writer(
         REGION,
         args.size,
         args.dirty_rate,
         args.working_set.min(args.size),
-        None,
+        args.tracker,
     )?;
     let order = json!({
         "uri": listening["listen"][0],

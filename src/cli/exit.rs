@@ -52,7 +52,8 @@ impl Exit {
             "access-denied" => Self::Unreachable,
             "unreachable" | "connection-lost" | "peer-silent" | "peer-hung"
             | "destination-slow" | "stalled" | "line-damage" | "protocol" | "not-held"
-            | "not-frozen" | "freeze-failed" | "receiver-failed" | "blob-read" => Self::Failed,
+            | "not-frozen" | "freeze-failed" | "cannot-throttle" | "receiver-failed"
+            | "blob-read" => Self::Failed,
             // Why a Region cannot be added or moved, or a request cannot be followed: if it ends a
             // transfer, that transfer has failed, and otherwise nothing was begun.
             "region-open"

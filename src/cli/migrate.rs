@@ -3,6 +3,7 @@
 //! The daemon moves the memory whether or not anyone watches. Losing the daemon while waiting therefore
 //! says nothing about the transfer: exit code 3, and `memferry status` tells once the daemon is back.
 
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::time::Duration;
@@ -22,11 +23,27 @@ use crate::client::{ClientError, Connection};
 /// Time between two looks at the transfer, in milliseconds. An event makes it sooner.
 const LOOK_EVERY_MS: u16 = 200;
 
+/// What the descriptor of the final blob is called towards the daemon.
+const FINAL_BLOB: &str = "final-blob";
+
 /// How long one look may take. Ctrl-C is not heard meanwhile.
 const LOOK_DEADLINE: Duration = Duration::from_secs(5);
 
 pub(super) fn run(socket: &Path, args: &MigrateArgs) -> Result<Exit, ClientError> {
     let mut connection = Connection::connect(socket)?;
+    if let Some(path) = &args.final_blob {
+        let blob = match File::open(path) {
+            Ok(blob) => blob,
+            Err(error) => {
+                let path = path.display();
+                note(format_args!(
+                    "memferry: cannot open the final blob {path}: {error}"
+                ));
+                return Ok(Exit::Other);
+            }
+        };
+        connection.send_fd(FINAL_BLOB, blob.as_fd())?;
+    }
     // From here on Ctrl-C is a wish, not an end: the daemon may have accepted already.
     let interrupts = (!args.detach && !args.dry_run)
         .then(|| Interrupts::new(&[Signal::SIGINT]))
@@ -123,6 +140,9 @@ fn request(args: &MigrateArgs) -> Value {
     }
     if !args.regions.is_empty() {
         arguments["regions"] = json!(args.regions);
+    }
+    if args.final_blob.is_some() {
+        arguments["final-fdname"] = json!(FINAL_BLOB);
     }
     if args.dry_run {
         arguments["dry-run"] = json!(true);

@@ -21,10 +21,6 @@ const COLUMNS_DEFAULT: usize = 80;
 /// Below this a terminal has no room for the bar.
 const BAR_COLUMNS_MIN: usize = 60;
 
-/// Share of the rate by which the streams must be ahead of the writer for an estimate to mean anything:
-/// both rates are measured, and the difference of two large numbers is mostly their error.
-const GAIN_MIN: f64 = 0.1;
-
 /// What is shown of one `query-migrate`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Snapshot {
@@ -37,9 +33,31 @@ pub struct Snapshot {
     remaining: u64,
     bytes_per_second: f64,
     dirty_per_second: f64,
+    verdict: Verdict,
+    /// How much a writer is slowed down that is too fast, in percent.
+    throttle: f64,
     path: String,
     sends: f64,
     copied: f64,
+}
+
+/// Whether more passes leave less to be sent, in the sender's judgement.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Verdict {
+    Unknown,
+    NotConverging,
+    /// So many times as fast as the writer; nothing if it writes nothing.
+    Converging(Option<f64>),
+}
+
+impl Verdict {
+    fn of(convergence: &Value) -> Self {
+        match convergence["verdict"].as_str() {
+            Some("converging") => Self::Converging(convergence["ratio"].as_f64()),
+            Some("not-converging") => Self::NotConverging,
+            _ => Self::Unknown,
+        }
+    }
 }
 
 /// When the transfer will be done, as far as that can be told.
@@ -47,7 +65,6 @@ pub struct Snapshot {
 enum Outlook {
     /// Nothing can be told, or nothing needs to be: only in `active` something is counted down.
     Unknown,
-    /// The writer is about as fast as the streams: more passes leave as much to be sent.
     NotConverging,
     Seconds(f64),
 }
@@ -67,6 +84,8 @@ impl Snapshot {
             remaining: (ram["remaining"].as_u64().unwrap_or(0)).min(total),
             bytes_per_second: number(&ram["mbps"]) * 1e6 / 8.0,
             dirty_per_second: number(&ram["dirty-pages-rate"]) * number(&ram["page-size"]),
+            verdict: Verdict::of(&answer["convergence"]),
+            throttle: number(&answer["cpu-throttle-percentage"]),
             path: answer["zero-copy"]["path"]
                 .as_str()
                 .map(printable)
@@ -93,11 +112,17 @@ impl Snapshot {
         if self.phase != "active" || self.bytes_per_second <= 0.0 {
             return Outlook::Unknown;
         }
-        let gain = self.bytes_per_second - self.dirty_per_second;
-        if gain < GAIN_MIN * self.bytes_per_second {
-            return Outlook::NotConverging;
+        match self.verdict {
+            Verdict::NotConverging => Outlook::NotConverging,
+            // As fast as now, of which so much is made good for.
+            Verdict::Converging(Some(ratio)) => {
+                let gain = self.bytes_per_second * (1.0 - 1.0 / ratio);
+                Outlook::Seconds(self.remaining as f64 / gain)
+            }
+            Verdict::Converging(None) | Verdict::Unknown => {
+                Outlook::Seconds(self.remaining as f64 / self.bytes_per_second)
+            }
         }
-        Outlook::Seconds(self.remaining as f64 / gain)
     }
 
     /// How far it is: a share in the first pass; from then on how much there still is to be sent.
@@ -145,8 +170,14 @@ impl Snapshot {
                     Some(max) => format!("pass {}/{max}", self.passes + 1),
                     None => format!("pass {}", self.passes + 1),
                 });
-                if self.passes > 1 {
+                if self.verdict != Verdict::Unknown {
                     parts.push(format!("dirty {}/s", bytes(self.dirty_per_second)));
+                }
+                if let Verdict::Converging(Some(ratio)) = self.verdict {
+                    parts.push(format!("converging {ratio:.1}x"));
+                }
+                if self.throttle > 0.0 {
+                    parts.push(format!("throttled {:.0} %", self.throttle));
                 }
                 parts.extend(self.payload());
             }
@@ -179,6 +210,11 @@ impl Snapshot {
             "remaining": self.remaining,
             "bytes-per-second": self.bytes_per_second,
             "dirty-bytes-per-second": self.dirty_per_second,
+            "ratio": match self.verdict {
+                Verdict::Converging(ratio) => json!(ratio),
+                Verdict::NotConverging | Verdict::Unknown => Value::Null,
+            },
+            "throttle-percent": self.throttle,
             "eta-seconds": eta,
             "zero-copy-path": self.path,
             "zero-copy-sends": self.sends,
@@ -293,6 +329,7 @@ mod tests {
             "status": "active",
             "ram": {"total": 4_u64 << 30, "remaining": 1_u64 << 30, "mbps": 8589.934592,
                     "dirty-sync-count": 2, "dirty-pages-rate": 65536, "page-size": 4096},
+            "convergence": {"verdict": "converging", "ratio": 4.0},
             "zero-copy": {"path": "msg-zerocopy", "sends": 100, "copied": 25},
             "parameters": {"max-iterations": 30},
         }))
@@ -302,7 +339,7 @@ mod tests {
     fn the_line_has_everything_where_there_is_room() {
         let first = Snapshot {
             passes: 0,
-            dirty_per_second: 0.0,
+            verdict: Verdict::Unknown,
             ..snapshot()
         };
         assert_eq!(
@@ -311,7 +348,7 @@ mod tests {
         );
         assert_eq!(
             snapshot().line(usize::MAX),
-            "active  1.0 GiB left  1.0 GiB/s  ETA 1.3 s  pass 3/30  dirty 256.0 MiB/s  zero-copy 75 %"
+            "active  1.0 GiB left  1.0 GiB/s  ETA 1.3 s  pass 3/30  dirty 256.0 MiB/s  converging 4.0x  zero-copy 75 %"
         );
     }
 
@@ -359,14 +396,16 @@ mod tests {
 
     #[test]
     fn a_writer_as_fast_as_the_streams_is_not_given_days_to_go() {
-        for dirty in [0.95, 1.0, 1000.0] {
-            let slow = Snapshot {
-                dirty_per_second: dirty * snapshot().bytes_per_second,
-                ..snapshot()
-            };
-            assert!(slow.line(200).contains("  not converging  "));
-            assert_eq!(slow.json()["eta-seconds"], Value::Null);
-        }
+        let slow = Snapshot {
+            verdict: Verdict::of(&json!({"verdict": "not-converging", "ratio": 0.9})),
+            throttle: 40.0,
+            ..snapshot()
+        };
+        assert_eq!(
+            slow.line(93),
+            "active  1.0 GiB left  1.0 GiB/s  not converging  pass 3/30  dirty 256.0 MiB/s  throttled 40 %"
+        );
+        assert_eq!(slow.json()["eta-seconds"], Value::Null);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::statvfs::statvfs;
@@ -21,6 +22,7 @@ use super::interrupts::Interrupts;
 use crate::client::{ClientError, Connection};
 use crate::config::units::{Rate, Size};
 use crate::sys::process::PidFd;
+use crate::workload::TrackerChoice;
 
 /// How long a process of ours may take to be ready, apart from filling its memory.
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(20);
@@ -156,7 +158,7 @@ impl<'a> Stage<'a> {
         size: Size,
         dirty_rate: Rate,
         working_set: Size,
-        tracker: Option<&str>,
+        tracker: Option<TrackerChoice>,
     ) -> Result<Process, StageError> {
         const WHO: &str = "writer";
         let mut command = self.own_command(WHO)?;
@@ -169,8 +171,10 @@ impl<'a> Stage<'a> {
             .arg("--register")
             .arg(self.socket("sender"))
             .args(["--name", region])
-            .args(tracker.into_iter().flat_map(|kind| ["--tracker", kind]))
             .stdout(Stdio::piped());
+        if let Some(tracker) = tracker.and_then(|tracker| tracker.to_possible_value()) {
+            command.args(["--tracker", tracker.get_name()]);
+        }
         let mut writer = Self::spawn(WHO, command)?;
         let mut output = writer.0.stdout.take().ok_or_else(|| StageError::Start {
             who: WHO,

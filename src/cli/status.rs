@@ -102,6 +102,9 @@ fn summary(answer: &Value) -> Vec<String> {
         let told = format!("{pages} pages arrived damaged or half written, and came again");
         row("repaired", told);
     }
+    if let Some(told) = convergence(answer) {
+        row("writer", told);
+    }
     if let Some(told) = downtime(answer) {
         row("downtime", told);
     }
@@ -147,6 +150,25 @@ fn sent_in_passes(sent: f64, answer: &Value) -> String {
         1 => format!("{} in 1 pass", bytes(sent)),
         passes => format!("{} in {passes} passes", bytes(sent)),
     }
+}
+
+/// How fast it writes beside how fast that is sent, and what is done about it; as long as that matters.
+fn convergence(answer: &Value) -> Option<String> {
+    let found = &answer["convergence"];
+    if answer["status"] != "active" {
+        return None;
+    }
+    let (written, sent) = (found["dirty-rate"].as_f64()?, number(&found["bandwidth"]));
+    let mut told = format!("{}/s, sent at {}/s: ", bytes(written), bytes(sent));
+    told += &match (found["verdict"].as_str()?, found["ratio"].as_f64()) {
+        ("converging", Some(ratio)) => format!("converging {ratio:.1}x"),
+        ("converging", None) => "converging".to_owned(),
+        _ => "not converging".to_owned(),
+    };
+    if let Some(percent) = answer["cpu-throttle-percentage"].as_f64() {
+        told += &format!(", slowed down by {percent:.0} %");
+    }
+    Some(told)
 }
 
 /// How long the writer stood still, or would if it were stopped now.
@@ -257,6 +279,28 @@ mod tests {
             ]
         );
         assert_eq!(passes(&answer)[1], ["1", "2.0 GiB", "4.0 KiB", "1.9 ms"]);
+    }
+
+    #[test]
+    fn a_transfer_under_way_says_whether_it_gets_ahead_of_the_writer() {
+        let told = |status: &str, verdict: Value, throttle: Value| {
+            let answer = json!({
+                "status": status, "convergence": verdict, "cpu-throttle-percentage": throttle,
+            });
+            convergence(&answer)
+        };
+        let ahead = json!({"verdict": "converging", "ratio": 3.12, "dirty-rate": 1024.0, "bandwidth": 3215.0});
+        assert_eq!(
+            told("active", ahead.clone(), Value::Null).as_deref(),
+            Some("1.0 KiB/s, sent at 3.1 KiB/s: converging 3.1x")
+        );
+        assert_eq!(told("completed", ahead, Value::Null), None);
+        assert_eq!(told("active", Value::Null, Value::Null), None);
+        let behind = json!({"verdict": "not-converging", "ratio": 0.5, "dirty-rate": 10.0, "bandwidth": 5.0});
+        assert_eq!(
+            told("active", behind, json!(40)).as_deref(),
+            Some("10 B/s, sent at 5 B/s: not converging, slowed down by 40 %")
+        );
     }
 
     #[test]

@@ -69,6 +69,14 @@ impl Cgroup {
         }
     }
 
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn inode(&self) -> u64 {
+        self.inode
+    }
+
     /// Whether something in it may be running now.
     pub(super) fn runs(&self) -> Result<bool, FreezeError> {
         self.check_without_us()?;

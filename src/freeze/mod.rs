@@ -5,7 +5,9 @@
 
 mod cgroup;
 mod command;
+mod cpu_max;
 mod process;
+mod throttle;
 
 use std::io;
 use std::path::PathBuf;
@@ -18,6 +20,7 @@ use serde::{Deserialize, Serialize};
 pub use cgroup::Cgroup;
 pub use command::Commands;
 pub use process::Process;
+pub use throttle::Throttle;
 
 /// Why a writer could not be stopped.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +109,20 @@ pub enum FreezeError {
         /// How long we waited.
         seconds: f32,
     },
+    /// How much processor time it may use cannot be seen or set.
+    #[error(
+        "cannot slow the control group {} down: {source}: the cpu controller has to be enabled for it (cgroup.subtree_control of the group above), and its cpu.max writable",
+        path.display()
+    )]
+    CpuMax {
+        /// The group.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Nobody would stop and continue processes in turn.
+    #[error("cannot start the thread that slows processes down: {0}")]
+    ThrottleThread(io::Error),
     /// It could not be run.
     #[error("cannot run the freeze command `{command}`: {source}")]
     Command {
@@ -147,6 +164,7 @@ impl FreezeError {
             | Self::Unseen { .. }
             | Self::Cgroup { .. }
             | Self::Command { .. } => "freeze-refused",
+            Self::CpuMax { .. } | Self::ThrottleThread(_) => "cannot-throttle",
             Self::CommandFailed { .. } => "freeze-failed",
             Self::Continued { .. } | Self::CgroupContinued { .. } => "not-frozen",
             Self::Ended { .. } | Self::CgroupEmpty { .. } => "writer-gone",
@@ -231,7 +249,7 @@ impl Freezer {
     }
 }
 
-/// A stopped writer as the journal remembers it.
+/// A writer that is stopped or slowed down, as the journal remembers it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(
     tag = "kind",
@@ -254,6 +272,15 @@ pub enum Stopped {
         /// The directory's number.
         inode: u64,
     },
+    /// A control group that may use less processor time than before.
+    Slowed {
+        /// Its directory.
+        path: PathBuf,
+        /// The directory's number.
+        inode: u64,
+        /// What its `cpu.max` said.
+        cpu_max: String,
+    },
     /// Whatever these commands are about.
     Command {
         /// Lets it go on.
@@ -264,11 +291,16 @@ pub enum Stopped {
 }
 
 impl Stopped {
-    /// Lets it go on, if it is still the same; one that has ended needs nothing. Blocks.
+    /// Lets it go on as before, if it is still the same; one that has ended needs nothing. Blocks.
     pub fn thaw(&self) -> Result<(), FreezeError> {
         match self {
             Self::Pid { pid, start_time } => process::thaw_recorded(*pid, *start_time),
             Self::Cgroup { path, inode } => cgroup::thaw_recorded(path, *inode),
+            Self::Slowed {
+                path,
+                inode,
+                cpu_max,
+            } => cpu_max::restore_recorded(path, *inode, cpu_max),
             Self::Command { thaw, .. } => command::thaw_recorded(thaw),
         }
     }
@@ -282,7 +314,7 @@ impl Stopped {
     /// The memory has another owner: runs what is to be done then. Blocks.
     pub fn finish(&self) -> Result<(), FreezeError> {
         match self {
-            Self::Pid { .. } | Self::Cgroup { .. } => Ok(()),
+            Self::Pid { .. } | Self::Cgroup { .. } | Self::Slowed { .. } => Ok(()),
             Self::Command { done, .. } => command::done(done),
         }
     }

@@ -218,6 +218,10 @@ impl Call {
             Greeting::Stream(entry, epoch, stream) => {
                 entry.take_in(epoch, stream, connection).await;
             }
+            Greeting::Illegal(error) => {
+                tracing::info!(from, %error, "a conversation that began with what is not allowed");
+                refuse(connection, error.code(), &error.to_string()).await;
+            }
             Greeting::Conversation(first) => match *first {
                 FromSender::Offer(offer) => {
                     attempt::take(&self.receiver, connection, &from, offer, &self.shutdown).await;
@@ -261,7 +265,11 @@ impl Call {
         Ok(match entry {
             Err(status) => Greeting::Turned(status),
             Ok(Some((entry, epoch, stream))) => Greeting::Stream(entry, epoch, stream),
-            Ok(None) => Greeting::Conversation(Box::new(peer::read_message(connection).await?)),
+            Ok(None) => match peer::read_message(connection).await {
+                // What the line damaged gets no answer: its sender connects again.
+                Err(error @ PeerError::Wire(_)) if !error.is_loss() => Greeting::Illegal(error),
+                first => Greeting::Conversation(Box::new(first?)),
+            },
         })
     }
 }
@@ -271,6 +279,7 @@ enum Greeting {
     Turned(Status),
     Stream(Arc<Entry>, u32, u16),
     Conversation(Box<FromSender>),
+    Illegal(PeerError),
 }
 
 /// Serves a conversation that offers nothing.
@@ -302,6 +311,7 @@ async fn converse(receiver: &Receiver, connection: Connection, from: &str, first
         other => {
             let error = AttemptError::out_of_place(&other);
             tracing::info!(from, %error, "a conversation that began in the middle");
+            refuse(connection, error.code(), &error.to_string()).await;
         }
     }
 }

@@ -76,6 +76,10 @@ pub(super) enum TransferError {
     )]
     ScanWithoutIntegrity { name: Name },
     #[error(
+        "region {name}: its writer cannot be slowed down (when-not-converging = throttle), since it is stopped by freeze {freeze}: that is possible with freeze pid and cgroup"
+    )]
+    CannotThrottle { name: Name, freeze: String },
+    #[error(
         "cannot read the final blob: {source}: a file is read whole, a pipe to its end within freeze-timeout"
     )]
     BlobUnread { source: io::Error },
@@ -83,8 +87,6 @@ pub(super) enum TransferError {
     BlobTooLarge,
     #[error("no CPU of cpus = \"{list}\" is one that the sender may use: it may use {usable:?}")]
     NoCpu { list: CpuList, usable: Vec<usize> },
-    #[error("{0} is not served by this version")]
-    NotServed(&'static str),
     #[error("the receiver said {0} where the protocol has no place for it")]
     OutOfPlace(String),
     #[error("cannot {doing}: {source}")]
@@ -113,7 +115,8 @@ impl TransferError {
             Self::NotConverging { .. } => "not-converged",
             Self::NotFrozen { .. } => "not-frozen",
             Self::Corrupt { .. } => "corrupt",
-            Self::ScanWithoutIntegrity { .. } | Self::NotServed(_) => "invalid-argument",
+            Self::ScanWithoutIntegrity { .. } => "invalid-argument",
+            Self::CannotThrottle { .. } => "cannot-throttle",
             Self::BlobUnread { .. } => "blob-read",
             Self::BlobTooLarge => "too-large",
             Self::NoCpu { .. } => "no-such-cpu",

@@ -16,6 +16,7 @@ mod moved;
 mod populate;
 mod registry;
 mod resolve;
+mod slowdown;
 mod standstill;
 mod status;
 mod transfer;

@@ -16,15 +16,13 @@ use crate::endpoint::Endpoint;
 use crate::history::History;
 use crate::limits::PAGE_BYTES;
 use crate::name::Name;
+use crate::rates::Rates;
 use crate::stats::StreamStats;
 use crate::stream::{Fallback, Tell};
 use crate::wire::Owner;
 
 use super::clients::{Clients, Said};
 use super::hold::Hold;
-
-/// Payload in one Iteration that is enough to judge a rate by.
-const RATE_BYTES_MIN: u64 = 4 * 1024 * 1024;
 
 /// Where an attempt is. Names are QEMU's where it has the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,8 +74,6 @@ pub(super) struct IterationRow {
     pub(super) torn_pages: u64,
     /// What is dirty at its end, as far as that is known.
     pub(super) dirty_bytes: u64,
-    /// Payload bytes per second of sending; 0 if nothing was sent.
-    pub(super) bytes_per_second: u64,
     pub(super) time: Duration,
     pub(super) flush_time: Duration,
 }
@@ -117,8 +113,9 @@ struct State {
     setup_time: Option<Duration>,
     expected_downtime: Option<Duration>,
     remaining_bytes: u64,
-    dirty_pages_per_second: u64,
-    bytes_per_second: u64,
+    rates: Rates,
+    /// How much of their time writers are kept from running, in percent.
+    throttle: u8,
     iterations: Vec<IterationRow>,
     downtime: Option<Downtime>,
     blob_bytes: Option<u64>,
@@ -186,8 +183,8 @@ impl Attempt {
                 setup_time: None,
                 expected_downtime: None,
                 remaining_bytes: total_bytes,
-                dirty_pages_per_second: 0,
-                bytes_per_second: 0,
+                rates: Rates::default(),
+                throttle: 0,
                 iterations: Vec::new(),
                 downtime: None,
                 blob_bytes: None,
@@ -382,20 +379,11 @@ impl Attempt {
         state.commit_sent
     }
 
-    pub(super) fn iteration_ended(&self, row: IterationRow) {
+    pub(super) fn iteration_ended(&self, row: IterationRow, rates: Rates) {
         let mut state = self.lock();
-        if let Some(before) = state.iterations.last() {
-            // A page found changed in this pass was written since the one before had read it: on
-            // average the mean of the two passes ago.
-            let since = (before.time + row.time) / 2;
-            state.dirty_pages_per_second = per_second(row.pages, since);
-        }
         state.iterations.push(row);
         state.remaining_bytes = row.dirty_bytes;
-        // A handful of pages says nothing about the link: what they take is a round trip.
-        if row.payload_bytes >= RATE_BYTES_MIN || state.bytes_per_second == 0 {
-            state.bytes_per_second = row.bytes_per_second;
-        }
+        state.rates = rates;
         drop(state);
         self.events
             .publish("MIGRATION_PASS", json!({"id": self.id, "pass": row.pass}));
@@ -419,9 +407,9 @@ impl Attempt {
         }))
     }
 
-    /// The rate of the last Iteration that had something to send, in payload bytes per second.
-    pub(super) fn bytes_per_second(&self) -> u64 {
-        self.lock().bytes_per_second
+    /// The writers are kept from running for so much of their time, in percent.
+    pub(super) fn throttled(&self, percent: u8) {
+        self.lock().throttle = percent;
     }
 
     pub(super) fn expect(&self, downtime: Duration) {

@@ -1,6 +1,7 @@
 //! What is measured, and how good it must be. Nothing but the table.
 
 use super::statistics::Target;
+use crate::workload::TrackerChoice;
 
 /// What is measured in one go, for one row or several.
 #[derive(Debug)]
@@ -34,7 +35,7 @@ pub(super) enum How {
     /// Downtime of memory that a writer registers and writes at this many MiB/s, with this tracker.
     Downtime {
         rate_mib: u64,
-        tracker: &'static str,
+        tracker: TrackerChoice,
     },
     /// Memory of the daemons themselves, with this tracker.
     OwnMemory(&'static str),
@@ -155,15 +156,15 @@ pub(super) const CASES: &[Case] = &[
         figure("islands-blocks", "what arrived: its memory as a multiple of the source's, rounded up to huge pages", "×", AtMost(1.0)),
         figure("islands-memory", "anonymous memory of the larger daemon, as a multiple of 32 MiB + 1/4096 of 64 GiB", "×", AtMost(1.0)),
     ]),
-    case!("load", How::Downtime { rate_mib: 200, tracker: "pagemap" }, [
+    case!("load", How::Downtime { rate_mib: 200, tracker: TrackerChoice::Pagemap }, [
         figure("load-downtime", "downtime of 1 GiB of which 512 MiB are written in a loop at 200 MiB/s", "ms", AtMost(4.0)),
         figure("load-iterations", "iterations of that", "", AtMost(8.0)),
     ]),
-    case!("load-bitmap", How::Downtime { rate_mib: 200, tracker: "bitmap" }, [
+    case!("load-bitmap", How::Downtime { rate_mib: 200, tracker: TrackerChoice::Bitmap }, [
         figure("load-bitmap-downtime", "the same with the tracker bitmap", "ms", AtMost(4.0)),
         figure("load-bitmap-iterations", "iterations of that", "", AtMost(8.0)),
     ]),
-    case!("idle", How::Downtime { rate_mib: 0, tracker: "pagemap" }, [
+    case!("idle", How::Downtime { rate_mib: 0, tracker: TrackerChoice::Pagemap }, [
         figure("idle-downtime", "downtime of 1 GiB that has a writer and is not written", "ms", AtMost(1.0)),
         good_to_know("idle-iterations", "iterations of that", ""),
     ]),

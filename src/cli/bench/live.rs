@@ -15,6 +15,7 @@ use super::traced::{self, Trace};
 use super::{GIB, MIB};
 use crate::cli::stage::StageError;
 use crate::config::units::{Rate, Size};
+use crate::workload::TrackerChoice;
 
 /// Memory that a writer registers.
 const WRITTEN: &str = "written";
@@ -56,7 +57,7 @@ impl Bench<'_> {
     pub(super) fn downtime(
         &mut self,
         rate_mib: u64,
-        tracker: &str,
+        tracker: TrackerChoice,
     ) -> Result<Vec<Measured>, StageError> {
         let (mut downtimes, mut iterations) = (Vec::new(), Vec::new());
         let mut parts: Vec<Value> = Vec::new();

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::limits::PAGE_BYTES;
+use crate::rates::{Rates, Smoothed, Verdict};
 
 use super::{Attempt, IterationRow, State, Status, per_second};
 
@@ -39,7 +40,7 @@ impl Attempt {
                 "duplicate": self.sum(|s| s.duplicate_pages.get()),
                 "mbps": mbps(per_second(transferred, total_time)),
                 "dirty-sync-count": state.iterations.len(),
-                "dirty-pages-rate": state.dirty_pages_per_second,
+                "dirty-pages-rate": pages_per_second(state.rates.written),
                 "page-size": PAGE_BYTES,
                 "torn": self.sum(|s| s.torn_pages.get()),
                 "dirty-sync-missed-zero-copy": self.sum(|s| s.missed_zero_copy.get()),
@@ -52,6 +53,12 @@ impl Attempt {
         });
         if let Some(interruption) = &state.interruption {
             shown["interruption"] = interruption.clone();
+        }
+        if let Some(verdict) = state.rates.verdict() {
+            shown["convergence"] = convergence(&state.rates, verdict);
+        }
+        if state.throttle > 0 {
+            shown["cpu-throttle-percentage"] = state.throttle.into();
         }
         if let Some(time) = state.setup_time {
             shown["setup-time"] = ms(time);
@@ -97,6 +104,24 @@ impl Attempt {
             "reason": shown.map_or("", |path| &path.reason),
         })
     }
+}
+
+/// Whether more passes leave less; rates in bytes per second. The ratio is missing when nothing is written.
+fn convergence(rates: &Rates, verdict: Verdict) -> Value {
+    json!({
+        "verdict": match verdict {
+            Verdict::Converging(_) => "converging",
+            Verdict::NotConverging => "not-converging",
+        },
+        "ratio": rates.ratio().filter(|ratio| ratio.is_finite()),
+        "bandwidth": rates.sent.get().map(f64::round),
+        "dirty-rate": rates.written.get().map(f64::round),
+    })
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // an estimate, and never negative
+fn pages_per_second(rate: Smoothed) -> u64 {
+    rate.get().unwrap_or(0.0) as u64 / PAGE_BYTES
 }
 
 fn row(row: &IterationRow) -> Value {

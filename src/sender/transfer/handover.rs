@@ -63,7 +63,7 @@ impl Transfer {
     }
 
     /// Whether writes to some Region are found by reading it.
-    fn scans(&self) -> bool {
+    pub(super) fn scans(&self) -> bool {
         let mut trackers = self.debt.sources().iter().map(|(_, tracker)| tracker);
         trackers.any(|tracker| tracker.fingerprints().is_some())
     }

@@ -12,7 +12,7 @@ mod passes;
 mod recovery;
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
@@ -22,6 +22,7 @@ use crate::endpoint::Endpoint;
 use crate::guardian::Guardian;
 use crate::journal::{CommitSent, Journal};
 use crate::peer::{Conversation, PeerError};
+use crate::rates::Rates;
 use crate::stream::StreamError;
 use crate::wire::{BootId, FromReceiver, FromSender, Hex128, StreamTotals, Token};
 
@@ -32,6 +33,7 @@ use super::crew::{Crew, REASON_WAIT, affinity};
 use super::debt::{Debt, Source};
 use super::error::TransferError;
 use super::registry::{Registered, Tracking};
+use super::slowdown::Slowdown;
 use super::standstill::Standstill;
 use super::status::{Attempt, Downtime, Status};
 
@@ -90,6 +92,13 @@ pub(super) struct Transfer {
     /// Pages that the last Iteration found changed by reading them.
     changed_pages: u64,
     inspect_bytes_per_second: u64,
+    rates: Rates,
+    /// How long the last Iteration took.
+    time_before: Duration,
+    /// When trackers that know by themselves were asked the last time.
+    asked: Instant,
+    /// How long an answer of the receiver takes.
+    round_trip: Duration,
     totals: Vec<StreamTotals>,
     /// Where the conversation went: streams and inquiries go to the same receiver.
     reached: Endpoint,
@@ -97,6 +106,8 @@ pub(super) struct Transfer {
     receiver_boot_id: BootId,
     crew: Crew,
     clock: Clock,
+    /// If writers may be slowed down.
+    slowdown: Option<Slowdown>,
     standstill: Standstill,
     blob: Option<Blob>,
     spent_blob: Option<Spent>,
@@ -107,11 +118,6 @@ impl Transfer {
     /// Prepares a transfer; talks to nobody yet.
     pub(super) fn new(attempt: Arc<Attempt>, order: Order) -> Result<Self, TransferError> {
         let parameters = attempt.parameters.clone();
-        if parameters.when_not_converging == WhenNotConverging::Throttle {
-            return Err(TransferError::NotServed(
-                "when-not-converging = \"throttle\"",
-            ));
-        }
         let source = |registered: &Registered| {
             let region = Arc::clone(&registered.region);
             let live = registered.freeze != FreezeConfig::None;
@@ -133,6 +139,17 @@ impl Transfer {
         let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
         let standstill = Standstill::new(nonce, Arc::clone(&attempt), Arc::clone(&order.guardian));
         let cpus = affinity(&parameters.cpus)?;
+        let slowdown = match parameters.when_not_converging {
+            WhenNotConverging::Throttle => {
+                let guardian = Arc::clone(&order.guardian);
+                Some(Slowdown::new(
+                    Arc::clone(&attempt),
+                    guardian,
+                    &order.regions,
+                )?)
+            }
+            WhenNotConverging::Freeze | WhenNotConverging::Fail => None,
+        };
         Ok(Self {
             debt: Debt::of_all(sources),
             nonce,
@@ -145,6 +162,10 @@ impl Transfer {
             remaining_before: u64::MAX,
             changed_pages: 0,
             inspect_bytes_per_second: 0,
+            rates: Rates::default(),
+            time_before: Duration::ZERO,
+            asked: Instant::now(),
+            round_trip: Duration::ZERO,
             totals: vec![StreamTotals::default(); parameters.streams.into()],
             reached: order.endpoint.clone(),
             talk: None,
@@ -153,6 +174,7 @@ impl Transfer {
             clock: Clock::new(),
             parameters,
             order,
+            slowdown,
             standstill,
             blob: None,
             spent_blob: None,
@@ -190,6 +212,7 @@ impl Transfer {
     async fn run(&mut self) -> Result<(), TransferError> {
         self.agree(false).await?;
         self.debt.arm().await?;
+        self.asked = Instant::now();
         loop {
             match self.carry().await {
                 Err(error) if error.is_interruption() => self.recover(error).await?,
@@ -213,6 +236,7 @@ impl Transfer {
                     break;
                 }
             }
+            self.at_full_speed();
             self.freeze().await?;
             self.debt.harvest_frozen().await?;
         }
@@ -224,6 +248,7 @@ impl Transfer {
 
     /// Back to where it was: the writer first.
     async fn undo(mut self, error: &TransferError) {
+        self.at_full_speed();
         self.standstill.thaw().await;
         self.debt.restore();
         if let Some(talk) = &self.talk {

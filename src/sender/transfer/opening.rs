@@ -16,14 +16,20 @@ use super::super::error::TransferError;
 use super::{Talk, Transfer, unexpected};
 
 impl Transfer {
-    /// Version, Regions, number of streams: the receiver says yes, or why not.
-    pub(super) async fn agree(&mut self, dry_run: bool) -> Result<(), TransferError> {
+    /// Begins a conversation.
+    pub(super) async fn call(&mut self) -> Result<&mut Talk, TransferError> {
         let patience = self.parameters.stall_timeout;
         let preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
         let connection = peer::connect(&self.order.endpoint, preamble, patience).await?;
         self.reached = peer::reached(&connection, &self.order.endpoint);
+        self.round_trip = peer::round_trip(&connection);
+        Ok(self.talk.insert(Talk::start(connection, patience)))
+    }
+
+    /// Version, Regions, number of streams: the receiver says yes, or why not.
+    pub(super) async fn agree(&mut self, dry_run: bool) -> Result<(), TransferError> {
         let offer = FromSender::Offer(self.offer(dry_run)?);
-        let talk = self.talk.insert(Talk::start(connection, patience));
+        let talk = self.call().await?;
         talk.say(&offer).await?;
         match talk.hear().await? {
             FromReceiver::Accept {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::config::{FreezeConfig, WhenNotConverging};
 use crate::iteration::{Next, Plan, State};
 use crate::limits::PAGE_BYTES;
+use crate::rates::{Smoothed, Verdict};
 use crate::region::RegionError;
 use crate::stream::{Pass, Report};
 
@@ -14,8 +15,9 @@ use super::super::status::{IterationRow, per_second};
 use super::{Transfer, Writer, reason, under_way, unexpected};
 
 impl Transfer {
-    /// Whether so little is left that the writer can be stopped for it.
-    pub(super) fn converged(&self) -> Result<bool, TransferError> {
+    /// Whether so little is left that the writer can be stopped for it. One that is too fast is slowed
+    /// down, if the operator wants it so.
+    pub(super) fn converged(&mut self) -> Result<bool, TransferError> {
         if !self.caught_up {
             return Ok(false);
         }
@@ -28,16 +30,22 @@ impl Transfer {
             remaining_bytes: self.remaining_bytes()?,
             remaining_bytes_before: self.remaining_before,
             inspect_bytes,
-            bytes_per_second: self.attempt.bytes_per_second(),
+            bytes_per_second: whole(self.rates.sent),
             inspect_bytes_per_second: self.inspect_bytes_per_second,
+            round_trip: self.round_trip,
         };
         self.attempt.expect(state.expected_downtime());
         match state.next(
             self.parameters.downtime_limit,
             self.parameters.max_iterations,
         ) {
-            Next::Iterate => Ok(false),
             Next::Freeze => Ok(true),
+            Next::Iterate => {
+                if self.rates.verdict() == Some(Verdict::NotConverging) {
+                    self.slow_down()?;
+                }
+                Ok(false)
+            }
             Next::NotConverging
                 if self.parameters.when_not_converging == WhenNotConverging::Fail =>
             {
@@ -46,10 +54,27 @@ impl Transfer {
                     remaining: state.remaining_bytes,
                 })
             }
+            // Its steps come to an end, and then it stands still for most of its time anyway.
+            Next::NotConverging if self.slow_down()? => Ok(false),
             Next::NotConverging => {
                 tracing::warn!(id = %self.attempt.id, remaining = state.remaining_bytes, "max-iterations reached: freezing with more left than the downtime limit allows");
                 Ok(true)
             }
+        }
+    }
+
+    /// Slows the writers down by one step; `false` if they may not be, or there is none any more.
+    fn slow_down(&mut self) -> Result<bool, TransferError> {
+        match &mut self.slowdown {
+            Some(slowdown) => slowdown.step(self.nonce),
+            None => Ok(false),
+        }
+    }
+
+    /// Lets the writers run as fast as they can.
+    pub(super) fn at_full_speed(&mut self) {
+        if let Some(slowdown) = &mut self.slowdown {
+            slowdown.end();
         }
     }
 
@@ -92,9 +117,9 @@ impl Transfer {
             Writer::Runs => Pass::Send,
             Writer::StandsStill => Pass::SendFinal,
         };
-        let (reports, whole) = self.pass(plan, pass).await?;
-        self.caught_up = whole;
-        self.passes += u32::from(whole);
+        let (reports, all) = self.pass(plan, pass).await?;
+        self.caught_up = all;
+        self.passes += u32::from(all);
 
         let time = started.elapsed();
         let pages: u64 = reports.iter().map(|report| report.pages).sum();
@@ -105,36 +130,65 @@ impl Transfer {
             .iter()
             .map(|report| rate(report.read_bytes, report.read_time));
         self.inspect_bytes_per_second = read.sum();
-        let sent = reports
+        let sent: u64 = reports
             .iter()
-            .map(|report| rate(report.payload_bytes, report.send_time));
+            .map(|report| rate(report.payload_bytes, report.send_time))
+            .sum();
         for report in &reports {
             self.totals[usize::from(report.stream)] = report.totals;
         }
         // What a whole Iteration leaves arrived torn.
         let torn_pages = self.debt.pages();
-        let longest = |time: fn(&Report) -> Duration| reports.iter().map(time).max();
-        let flush_time = longest(|report| report.flush_time).unwrap_or_default();
+        let longest =
+            |time: fn(&Report) -> Duration| reports.iter().map(time).max().unwrap_or_default();
+        let flush_time = longest(|report| report.flush_time);
         match writer {
             Writer::Runs => {
-                self.debt.harvest().await?;
+                let marked = self.debt.harvest().await?;
+                let sending = longest(|report| report.send_time);
+                self.learn(sent, sending, torn_pages, marked, time);
             }
             Writer::StandsStill => {
-                self.downtime.scan += longest(|report| report.read_time).unwrap_or_default();
+                self.downtime.scan += longest(|report| report.read_time);
                 self.downtime.flush += flush_time;
             }
         }
-        self.attempt.iteration_ended(IterationRow {
+        let row = IterationRow {
             pass: self.passes,
             payload_bytes: reports.iter().map(|report| report.payload_bytes).sum(),
             pages,
             torn_pages,
             dirty_bytes: self.remaining_bytes()?,
-            bytes_per_second: sent.sum(),
             time,
             flush_time,
-        });
+        };
+        self.attempt.iteration_ended(row, self.rates);
         Ok(())
+    }
+
+    /// What an Iteration of this length tells of the rates: payload went out at `sent` bytes per second
+    /// for `sending`, so many pages arrived torn, and trackers that know by themselves have named `marked`
+    /// pages since they were asked before.
+    fn learn(&mut self, sent: u64, sending: Duration, torn: u64, marked: u64, time: Duration) {
+        if sent > 0 {
+            self.rates.sent.add(float(sent), sending);
+        }
+        let before = std::mem::replace(&mut self.asked, Instant::now());
+        let since = self.asked - before;
+        // What is found by reading was written since the Iteration before had read it: on average the
+        // mean of the two ago. It shows as changed, or as torn if that happened while it was sent.
+        let read = (self.time_before + time) / 2;
+        self.time_before = time;
+        let found = match self.scans() {
+            // The first one finds nothing, whatever was written.
+            true if self.passes < 2 => return,
+            true => self.changed_pages + torn,
+            false => 0,
+        };
+        if self.caught_up {
+            let pages = per_second(marked, since) + rate(found, read);
+            self.rates.written.add(float(pages * PAGE_BYTES), since);
+        }
     }
 
     /// Has every stream do its part of a plan; also says whether all of it was done, which an operator
@@ -173,4 +227,15 @@ fn rate(bytes: u64, time: Duration) -> u64 {
     } else {
         per_second(bytes, time)
     }
+}
+
+/// A smoothed rate as a whole number, 0 if nothing was measured.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // an estimate, and never negative
+fn whole(rate: Smoothed) -> u64 {
+    rate.get().unwrap_or(0.0) as u64
+}
+
+#[expect(clippy::cast_precision_loss)] // an estimate
+fn float(rate: u64) -> f64 {
+    rate as f64
 }

@@ -10,16 +10,13 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{sleep_until, timeout_at};
 
-use crate::peer;
 use crate::stream::InFlight;
-use crate::wire::{
-    FromReceiver, FromSender, Hex128, Preamble, Purpose, Resume, StreamTotals, Token,
-};
+use crate::wire::{FromReceiver, FromSender, Hex128, Resume, StreamTotals};
 
 use super::super::error::TransferError;
 use super::super::standstill::Standstill;
 use super::super::status::Status;
-use super::{Talk, Transfer, unexpected};
+use super::{Transfer, unexpected};
 
 /// Pauses between two tries to connect: none before the first, then from the one to the other.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
@@ -85,6 +82,7 @@ impl Transfer {
             true => *self.clock.frozen_lost.get_or_insert(now) + self.parameters.freeze_timeout,
             false => now,
         };
+        self.at_full_speed();
         self.attempt.interrupted(&cause);
         self.talk = None;
         let left = self.crew.abandon().await;
@@ -153,6 +151,7 @@ impl Transfer {
         if !self.attempt.hold.is_set() {
             return Ok(());
         }
+        self.at_full_speed();
         self.attempt.enter(Status::Paused);
         self.caught_up = false;
         let said = {
@@ -193,17 +192,13 @@ impl Transfer {
 
     /// One try.
     async fn reconnect(&mut self, left: &mut Left) -> Result<(), TransferError> {
-        let patience = self.parameters.stall_timeout;
-        let preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
-        let connection = peer::connect(&self.order.endpoint, preamble, patience).await?;
-        self.reached = peer::reached(&connection, &self.order.endpoint);
-        let talk = self.talk.insert(Talk::start(connection, patience));
         let resume = Resume {
             nonce: self.nonce,
             token: self.token,
             epoch: self.epoch,
             iteration: self.iteration + 1,
         };
+        let talk = self.call().await?;
         talk.say(&FromSender::Resume(resume)).await?;
         match talk.hear().await? {
             FromReceiver::Resumed {
