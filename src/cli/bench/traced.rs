@@ -80,13 +80,13 @@ impl Trace {
     pub(super) fn calls(self) -> Result<(u64, String), StageError> {
         let mut rows = calls(&self.end()?);
         rows.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-        let total = rows.iter().map(|(_, count)| count).sum();
+        let total: u64 = rows.iter().map(|(_, count)| count).sum();
         let shown: Vec<_> = rows
             .iter()
             .take(SHOWN)
             .map(|(name, count)| format!("{name} {count}"))
             .collect();
-        Ok((total, shown.join(", ")))
+        Ok((total, format!("of {total}: {}", shown.join(", "))))
     }
 
     /// How many messages came from error queues of sockets.
