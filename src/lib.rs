@@ -26,6 +26,7 @@ pub mod name;
 pub mod notify;
 pub mod pages;
 pub mod peer;
+pub mod populate;
 pub mod rates;
 pub mod receiver;
 pub mod region;

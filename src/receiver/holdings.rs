@@ -10,12 +10,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use crate::control::{ClientId, CommandError};
 use crate::name::Name;
+use crate::populate::{Populated, Populator};
 use crate::region::{Access, Region, RegionError};
 
 /// A connection that registered memory.
@@ -69,6 +71,7 @@ enum Source {
     File(PathBuf),
     Prepared {
         region: Arc<Region>,
+        populated: Populated,
         client: Client,
         confirm: bool,
     },
@@ -87,7 +90,10 @@ enum Stage {
 
 /// All of them, by name.
 #[derive(Debug, Default)]
-pub(super) struct Holdings(BTreeMap<Name, Holding>);
+pub(super) struct Holdings {
+    known: BTreeMap<Name, Holding>,
+    populator: Populator,
+}
 
 impl Holdings {
     /// Makes memory known that a Region is to arrive in.
@@ -99,7 +105,7 @@ impl Holdings {
             client,
             confirm,
         } = preparation;
-        if self.0.contains_key(&name) {
+        if self.known.contains_key(&name) {
             return Err(CommandError::new(
                 "region-exists",
                 format!("Region '{name}' is here already; remove it first"),
@@ -114,10 +120,12 @@ impl Holdings {
                 format!("Region '{name}' is on pages of {actual} bytes, not {expected}"),
             ));
         }
+        let region = Arc::new(region);
         let holding = Holding {
             bytes: region.bytes(),
             source: Source::Prepared {
-                region: Arc::new(region),
+                populated: self.populator.add(&region),
+                region,
                 client,
                 confirm,
             },
@@ -125,7 +133,7 @@ impl Holdings {
             attempt: None,
             taken: false,
         };
-        self.0.insert(name, holding);
+        self.known.insert(name, holding);
         Ok(())
     }
 
@@ -135,12 +143,12 @@ impl Holdings {
         if self.known(name)?.stage == Stage::Arriving {
             return Err(busy(name));
         }
-        Ok(self.0.remove(name))
+        Ok(self.known.remove(name))
     }
 
     /// Hands the memory of a committed Region out, once.
     pub(super) fn take(&mut self, name: &Name) -> Result<(Value, OwnedFd), CommandError> {
-        let holding = self.0.get_mut(name).ok_or_else(|| unknown(name))?;
+        let holding = self.known.get_mut(name).ok_or_else(|| unknown(name))?;
         match holding.stage {
             Stage::Committed => {}
             Stage::Arriving => return Err(busy(name)),
@@ -165,7 +173,7 @@ impl Holdings {
 
     /// What is prepared, for the judgement of an offer.
     pub(super) fn prepared(&self) -> impl Iterator<Item = (Name, Prepared)> {
-        self.0.iter().filter_map(|(name, holding)| {
+        self.known.iter().filter_map(|(name, holding)| {
             let prepared = match (&holding.source, &holding.stage) {
                 (Source::File(_), _) => return None,
                 (_, Stage::Committed) => Prepared::Used,
@@ -177,7 +185,7 @@ impl Holdings {
 
     /// Gives prepared memory to an attempt, if there is some of that name.
     pub(super) fn claim(&mut self, name: &Name, attempt: &Name) -> Option<Arc<Region>> {
-        let holding = self.0.get_mut(name)?;
+        let holding = self.known.get_mut(name)?;
         let Source::Prepared { region, .. } = &holding.source else {
             return None;
         };
@@ -188,7 +196,7 @@ impl Holdings {
 
     /// An attempt has ended.
     pub(super) fn ended(&mut self, attempt: &Name, committed: bool) {
-        for holding in self.0.values_mut() {
+        for holding in self.known.values_mut() {
             if holding.stage == Stage::Arriving && holding.attempt.as_ref() == Some(attempt) {
                 holding.stage = if committed {
                     Stage::Committed
@@ -208,7 +216,7 @@ impl Holdings {
             attempt: None,
             taken: false,
         };
-        self.0.insert(name, holding);
+        self.known.insert(name, holding);
     }
 
     /// Clients whose memory an attempt has written: news of it are not to be missed by them.
@@ -253,8 +261,13 @@ impl Holdings {
             match &holding.source {
                 Source::File(path) => shown["path"] = json!(path),
                 Source::Prepared {
-                    region, confirm, ..
+                    region,
+                    populated,
+                    confirm,
+                    ..
                 } => {
+                    shown["allocated"] = json!(region.allocated_bytes().unwrap_or(0));
+                    shown["populated"] = json!(populated.load(Ordering::Relaxed));
                     shown["path"] = json!(region.origin());
                     shown["page-size"] = json!(region.page_size());
                     shown["confirm"] = json!(confirm);
@@ -263,15 +276,15 @@ impl Holdings {
             shown["prepared"] = json!(matches!(holding.source, Source::Prepared { .. }));
             shown
         };
-        self.0.iter().map(show).collect()
+        self.known.iter().map(show).collect()
     }
 
     fn known(&self, name: &Name) -> Result<&Holding, CommandError> {
-        self.0.get(name).ok_or_else(|| unknown(name))
+        self.known.get(name).ok_or_else(|| unknown(name))
     }
 
     fn prepared_for(&self, attempt: &Name) -> impl Iterator<Item = (&Name, &Client, bool)> {
-        self.0
+        self.known
             .iter()
             .filter_map(move |(name, holding)| match &holding.source {
                 Source::Prepared {

@@ -13,7 +13,6 @@ mod debt;
 mod error;
 mod hold;
 mod moved;
-mod populate;
 mod registry;
 mod resolve;
 mod slowdown;

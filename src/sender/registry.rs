@@ -14,11 +14,11 @@ use crate::dirty::{BitmapTracker, Exact, Memory, PagemapTracker};
 use crate::freeze::{Cgroup, FreezeError, Freezer, Process};
 use crate::name::Name;
 use crate::pages::PageSet;
+use crate::populate::{Populated, Populator};
 use crate::region::Region;
 
 use super::clients::Registrant;
 use super::moved::Moved;
-use super::populate::{Populated, Populator};
 
 /// A Region as it was added.
 #[derive(Debug, Clone)]

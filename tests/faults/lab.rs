@@ -135,6 +135,10 @@ impl Drop for Tmpfs {
     }
 }
 
+/// Hardware addresses of our end of the line and of theirs.
+const HARDWARE: [&str; 2] = ["02:00:00:00:00:01", "02:00:00:00:00:02"];
+const NOBODY: &str = "02:00:00:00:00:99";
+
 /// Another network namespace, connected to ours by a pair of virtual interfaces.
 pub(crate) struct Elsewhere {
     /// Its only process.
@@ -160,7 +164,20 @@ impl Elsewhere {
         run(
             "ip",
             &[
-                "link", "add", &near, "type", "veth", "peer", "name", &far, "netns", &pid,
+                "link",
+                "add",
+                &near,
+                "address",
+                HARDWARE[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                &far,
+                "address",
+                HARDWARE[1],
+                "netns",
+                &pid,
             ],
         );
         let at = |last| format!("{}/24", elsewhere.address(last));
@@ -169,6 +186,7 @@ impl Elsewhere {
         elsewhere.ip(&["addr", "add", &at(2), "dev", &far]);
         elsewhere.ip(&["link", "set", &far, "up"]);
         elsewhere.ip(&["link", "set", "lo", "up"]);
+        elsewhere.heal();
         elsewhere
     }
 
@@ -212,31 +230,24 @@ impl Elsewhere {
     /// From now on no packet arrives, in either direction, and nobody is told: frames go to a hardware
     /// address that nobody has.
     pub(crate) fn cut(&self) {
-        let (near, far) = self.interfaces();
-        let (ours, theirs) = (self.address(1).to_string(), self.address(2).to_string());
-        let nobody = |address, interface| {
-            [
-                "neigh",
-                "replace",
-                address,
-                "lladdr",
-                "02:00:00:00:00:99",
-                "dev",
-                interface,
-                "nud",
-                "permanent",
-            ]
-        };
-        self.ip(&nobody(&ours, &far));
-        run("ip", &nobody(&theirs, &near));
+        self.lead([NOBODY; 2]);
     }
 
-    /// Packets arrive again.
+    /// Packets arrive again. Nobody has to find out whose address is where, which takes a second or fails.
     pub(crate) fn heal(&self) {
+        self.lead(HARDWARE);
+    }
+
+    /// Where frames to us and to them go.
+    fn lead(&self, [us, them]: [&str; 2]) {
         let (near, far) = self.interfaces();
         let (ours, theirs) = (self.address(1).to_string(), self.address(2).to_string());
-        self.ip(&["neigh", "del", &ours, "dev", &far]);
-        run("ip", &["neigh", "del", &theirs, "dev", &near]);
+        let entry = ["neigh", "replace"];
+        let permanent = ["nud", "permanent"];
+        let to_us = [&ours, "lladdr", us, "dev", &far];
+        let to_them = [&theirs, "lladdr", them, "dev", &near];
+        self.ip(&[&entry[..], &to_us, &permanent].concat());
+        run("ip", &[&entry[..], &to_them, &permanent].concat());
     }
 }
 

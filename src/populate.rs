@@ -1,4 +1,4 @@
-//! Entering the memory of Regions into our page tables, before a transfer needs them.
+//! Entering the memory of Regions into our page tables, before a transfer reads or fills it.
 //!
 //! One thread in the background does it for all Regions, in the order in which they were added, a piece
 //! at a time. Only data: a hole stays one.
@@ -14,15 +14,15 @@ use crate::region::{Region, RegionError};
 const STEP_PAGES: u64 = 16384;
 
 /// How far it has come with one Region, in bytes.
-pub(super) type Populated = Arc<AtomicU64>;
+pub type Populated = Arc<AtomicU64>;
 
 /// Hands Regions to the thread; that ends with this value.
 #[derive(Debug, Default)]
-pub(super) struct Populator(Option<mpsc::Sender<(Weak<Region>, Populated)>>);
+pub struct Populator(Option<mpsc::Sender<(Weak<Region>, Populated)>>);
 
 impl Populator {
-    /// Has `region` populated some time soon. Without a thread it is populated as it is sent.
-    pub(super) fn add(&mut self, region: &Arc<Region>) -> Populated {
+    /// Has `region` populated some time soon. Without a thread it is populated as it is sent or placed.
+    pub fn add(&mut self, region: &Arc<Region>) -> Populated {
         let populated = Populated::default();
         let order = (Arc::downgrade(region), Arc::clone(&populated));
         if self.0.is_none() {
