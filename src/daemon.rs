@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{ConfigError, ControlConfig, LogConfig, Warning};
 use crate::control::Access;
+use crate::sys::sched::{Slice, set_slice};
 
 /// How long threads may go on that a daemon no longer waits for.
 const STOP_WAIT: Duration = Duration::from_secs(2);
@@ -50,6 +51,8 @@ pub fn start_log(path: &Path, config: &LogConfig, warnings: &[Warning]) -> Resul
 /// Runs the control plane of a daemon on the calling thread. What it left to other threads has a moment to end, and
 /// then ends with the process.
 pub fn block_on<T>(future: impl Future<Output = Result<T, DaemonError>>) -> Result<T, DaemonError> {
+    // Clients wait for it, and a writer that stands still; streams, which run for long, leave it again.
+    let _ = set_slice(Slice::Short);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

@@ -26,8 +26,12 @@ use crate::sys::pagemap::{self, AddressRange, PageRegion};
 /// Runs fetched in one call: 24 KiB. More gains nothing, the walk itself dominates.
 const RUNS_PER_CALL: usize = 1024;
 
-/// Least that is worth a thread of its own, in bytes. Looking at the page table of 512 MiB in pages of
-/// 4 KiB takes about 0.2 ms, starting and joining a thread 0.05 ms.
+/// Memory per thread that looks, in bytes. The page table of 8 GiB in pages of 4 KiB takes about 5 ms; a
+/// thread that has to wait for a busy CPU, 3 ms. With 512 MiB for each, two threads took 3.4 ms for 1 GiB
+/// on a busy machine, where one took 0.7.
+const BYTES_PER_THREAD: u64 = 8 << 30;
+
+/// Smallest share of a thread, in bytes.
 const SHARE_BYTES: u64 = 512 << 20;
 
 /// Most threads that look at once: the writer's memory lock is taken by each of them.
@@ -267,13 +271,13 @@ impl PagemapTracker {
 /// How many threads look at `bytes` bytes.
 fn threads_for(bytes: u64) -> u64 {
     let cpus = thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
-    (bytes / SHARE_BYTES).clamp(1, cpus.min(SHARES_MAX))
+    (bytes / BYTES_PER_THREAD).clamp(1, cpus.min(SHARES_MAX))
 }
 
 /// Cuts `range` into at most `count` parts of about the same length, none of them short, at addresses
 /// where a page of `page_bytes` begins.
 fn shares(range: AddressRange, count: u64, page_bytes: u64) -> impl Iterator<Item = AddressRange> {
-    let share = range.len.div_ceil(count.max(1)).max(SHARE_BYTES / 2);
+    let share = range.len.div_ceil(count.max(1)).max(SHARE_BYTES);
     let end = range.end();
     let mut from = range.start;
     std::iter::from_fn(move || {

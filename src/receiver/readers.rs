@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use crate::channel::{Patience, SocketChannel};
 use crate::peer::{self, Connection};
 use crate::stream::{IncomingSetup, IncomingStream, StreamError};
-use crate::sys;
+use crate::sys::sched::{Slice, set_slice};
 use crate::sys::wake::Wake;
 
 use super::prepared::Place;
@@ -64,7 +64,7 @@ impl Readers {
             report: self.report_end.clone(),
         };
         let run = move || {
-            let _ = sys::sched::run_in_long_slices();
+            let _ = set_slice(Slice::Usual);
             last_word.end = incoming.run();
             // Whoever hears it may rely on the memory being let go of.
             drop(incoming);

@@ -18,7 +18,7 @@ use crate::iteration::Plan;
 use crate::peer::{self, Connection};
 use crate::stats::StreamStats;
 use crate::stream::{InFlight, Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, Tell};
-use crate::sys;
+use crate::sys::sched::{Slice, set_slice};
 use crate::sys::wake::Wake;
 
 use super::error::TransferError;
@@ -129,7 +129,7 @@ impl Crew {
         let thread = thread::Builder::new()
             .name(format!("mf-send-{index}"))
             .spawn(move || {
-                let _ = sys::sched::run_in_long_slices();
+                let _ = set_slice(Slice::Usual);
                 // The list was checked when the attempt began. CPUs that have gone since are no reason to fail.
                 if let Some(Err(error)) = cpus.map(|cpus| sched_setaffinity(THIS_THREAD, &cpus)) {
                     tracing::warn!(%error, "a stream runs on any CPU: its affinity could not be set");

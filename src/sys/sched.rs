@@ -5,13 +5,29 @@ use std::io;
 
 use nix::errno::Errno;
 
-/// What a thread that moves much asks for, in nanoseconds. The default is around 3 ms.
-const LONG_SLICE_NS: u64 = 20_000_000;
+/// How long a thread runs before another one has its turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Slice {
+    /// As short as the kernel has it: for threads that run for a moment and are waited for. From Linux 6.12
+    /// on such a thread, when it wakes up, need not wait for the end of the slice of another; it gets no
+    /// more of a CPU for it. Before, this changes nothing.
+    Short,
+    /// What every thread has, unless the one that started it has another.
+    Usual,
+}
 
-/// Has the calling thread run in long slices. It gets as much of a CPU as before, in fewer pieces; and a
-/// thread that wakes up for a moment, such as one that answers a client, need not wait for the end of a
-/// piece: from Linux 6.12 on it goes first. Before, this changes nothing.
-pub fn run_in_long_slices() -> io::Result<()> {
+impl Slice {
+    /// Nanoseconds; 0 is for the kernel to choose.
+    fn nanoseconds(self) -> u64 {
+        match self {
+            Self::Short => 100_000,
+            Self::Usual => 0,
+        }
+    }
+}
+
+/// Has the calling thread, and those it starts, run in slices of that length.
+pub fn set_slice(slice: Slice) -> io::Result<()> {
     // SAFETY: all zeros is a valid `sched_attr`: plain integers.
     let mut attr: libc::sched_attr = unsafe { std::mem::zeroed() };
     let bytes = u32::try_from(size_of::<libc::sched_attr>()).map_err(|_| Errno::EINVAL)?;
@@ -28,7 +44,7 @@ pub fn run_in_long_slices() -> io::Result<()> {
     };
     Errno::result(read)?;
     // The rest, such as a nice value, stays what it is.
-    attr.sched_runtime = LONG_SLICE_NS;
+    attr.sched_runtime = slice.nanoseconds();
     // SAFETY: the kernel only reads `attr`, whose length is stated in it.
     let set = unsafe {
         libc::syscall(
@@ -56,7 +72,8 @@ mod tests {
         let run = move || {
             // SAFETY: the call takes an integer, and changes this thread alone.
             unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 3) };
-            run_in_long_slices().unwrap();
+            set_slice(Slice::Short).unwrap();
+            set_slice(Slice::Usual).unwrap();
             assert_eq!(nice().as_deref(), Some("3"));
         };
         let thread = std::thread::Builder::new().name("sched".into());
