@@ -135,6 +135,7 @@ fn header(sequence: u64) -> DataHeader {
         extents: 1,
         blocks: 0,
         payload: u32::try_from(PACKET_BYTES_DEFAULT).unwrap(),
+        packed: None,
         table_crc: 0,
     }
 }

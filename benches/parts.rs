@@ -155,6 +155,7 @@ fn header(table: &Table, bytes: &[u8]) -> DataHeader {
         extents: u32::try_from(table.extents.len()).unwrap(),
         blocks: u32::try_from(table.checksums.len()).unwrap(),
         payload: u32::try_from(PACKET_BYTES_DEFAULT).unwrap(),
+        packed: None,
         table_crc: wire::crc32c(bytes),
     }
 }

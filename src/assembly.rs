@@ -451,6 +451,7 @@ mod tests {
             extents: 1,
             blocks: 1,
             payload: 4096,
+            packed: None,
             table_crc: 0,
         }
     }

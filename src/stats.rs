@@ -4,6 +4,8 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::wire::Algorithm;
+
 /// A number that only grows.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -53,11 +55,37 @@ pub struct StreamStats {
     pub fallbacks: Counter,
     /// Iterations in which there were zero-copy sends and the kernel copied every one.
     pub missed_zero_copy: Counter,
+    /// Pages whose payload was sent compressed.
+    pub compressed_pages: Counter,
+    /// Bytes of that payload.
+    pub compressed_from: Counter,
+    /// What became of them.
+    pub compressed_to: Counter,
+    /// With what payload is compressed now.
+    compression: Mutex<Option<Algorithm>>,
     /// How payload leaves.
     pub path: Mutex<ActivePath>,
 }
 
 impl StreamStats {
+    /// Sets with what payload is compressed.
+    pub fn set_compression(&self, algorithm: Option<Algorithm>) {
+        let mut active = self
+            .compression
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *active = algorithm;
+    }
+
+    /// With what payload is compressed; `None` if it is not.
+    #[must_use]
+    pub fn compression(&self) -> Option<Algorithm> {
+        *self
+            .compression
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sets how payload leaves.
     pub fn set_path(&self, path: &'static str, reason: impl Into<String>) {
         let mut active = self.path.lock().unwrap_or_else(PoisonError::into_inner);

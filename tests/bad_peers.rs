@@ -311,6 +311,7 @@ fn packet(iteration: u32, sequence: u64, spoil: impl Fn(&mut DataHeader)) -> Vec
         extents: 1,
         blocks: 0,
         payload: 0,
+        packed: None,
         table_crc: crc32c(&bytes[HEADER_BYTES..]),
     };
     spoil(&mut header);

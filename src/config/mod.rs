@@ -24,7 +24,7 @@ pub use receive::{
     HugePages, NamePattern, NamePatternError, PeerRange, PeerRangeError, ReceiveConfig,
 };
 pub use region::{FreezeConfig, KindError, RegionConfig, TrackerConfig};
-pub use transfer::{Integrity, TransferParameters, WhenNotConverging, ZeroCopyMode};
+pub use transfer::{Compression, Integrity, TransferParameters, WhenNotConverging, ZeroCopyMode};
 
 use keys::{Choice, Document, Given, Key, Refusal, Table};
 use region::RawRegion;

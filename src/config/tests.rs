@@ -147,7 +147,7 @@ fn every_mistake_has_its_line() {
         ("[transfer]\npacket-size = \"16MiB\"\nwindow = \"8MiB\"", 3),
         ("[transfer]\nstall-timeout = 10", 2),
         ("[transfer]\nmax-bandwidth = 300", 2),
-        ("[transfer]\ncompression = \"zstd\"", 2),
+        ("[transfer]\ncompression = \"gzip\"", 2),
         ("[transfer]\ncpus = \"3-0\"", 2),
         ("[tls]\n\ncertificate = \"x\"", 3),
         ("[metrics]\nlisten = \"tcp:127.0.0.1:9100\"", 2),

@@ -12,6 +12,7 @@ use crate::limits::{
     PACKET_BYTES_DEFAULT, PACKET_BYTES_MAX, PACKET_BYTES_MIN, STREAMS_MAX, WINDOW_BYTES_DEFAULT,
     WINDOW_BYTES_MAX,
 };
+use crate::wire::Algorithm;
 
 /// How one attempt is to be done. Checked: every value is within its limits, and they fit together.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub struct TransferParameters {
     pub when_not_converging: WhenNotConverging,
     /// Checksums over the payload.
     pub integrity: Integrity,
+    /// Whether payload is compressed where that pays.
+    pub compression: Compression,
     /// How long a lost connection may take to come back.
     pub recover_timeout: Duration,
     /// Longest time without any progress.
@@ -81,6 +84,19 @@ pub enum Integrity {
     Off,
 }
 
+/// Whether payload is compressed where that pays, and with what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    Off,
+    /// LZ4, which takes little time.
+    Lz4,
+    /// Zstandard at its fastest level, which saves more.
+    Zstd,
+    /// Whichever of them moves more.
+    Auto,
+}
+
 impl Choice for ZeroCopyMode {
     const ALL: &'static [(&'static str, Self)] = &[
         ("auto", Self::Auto),
@@ -101,6 +117,34 @@ impl Choice for WhenNotConverging {
 
 impl Choice for Integrity {
     const ALL: &'static [(&'static str, Self)] = &[("crc32c", Self::Crc32c), ("off", Self::Off)];
+}
+
+impl Choice for Compression {
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("off", Self::Off),
+        ("lz4", Self::Lz4),
+        ("zstd", Self::Zstd),
+        ("auto", Self::Auto),
+    ];
+}
+
+impl Compression {
+    /// The word for it in TOML and QMP.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        self.word()
+    }
+
+    /// What a stream may choose from, beside plain payload.
+    #[must_use]
+    pub fn algorithms(self) -> &'static [Algorithm] {
+        match self {
+            Self::Off => &[],
+            Self::Lz4 => &[Algorithm::Lz4],
+            Self::Zstd => &[Algorithm::Zstd],
+            Self::Auto => Algorithm::ALL,
+        }
+    }
 }
 
 impl ZeroCopyMode {
@@ -140,6 +184,7 @@ impl Default for TransferParameters {
             timeout: None,
             when_not_converging: WhenNotConverging::Freeze,
             integrity: Integrity::Crc32c,
+            compression: Compression::Off,
             recover_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(10),
             freeze_timeout: Duration::from_secs(5),
@@ -253,10 +298,7 @@ pub(super) const KEYS: &[Key<TransferParameters>] = &[
     },
     Key {
         name: "compression",
-        set: |_, given| match given.text()? {
-            "off" => Ok(()),
-            _ => Err(Refusal::not_served("\"off\"")),
-        },
+        set: |to, given| given.choice().map(|what| to.compression = what),
     },
     Key {
         name: "cpus",
@@ -314,7 +356,7 @@ impl TransferParameters {
             ("recover-timeout", time(self.recover_timeout)),
             ("stall-timeout", time(self.stall_timeout)),
             ("freeze-timeout", time(self.freeze_timeout)),
-            ("compression", json!("off")),
+            ("compression", json!(self.compression.as_str())),
             ("cpus", json!(self.cpus.to_string())),
         ];
         let owned = members.map(|(key, value)| (key.to_owned(), value));
@@ -356,6 +398,7 @@ mod tests {
             timeout: Some(Duration::from_secs(90)),
             zero_copy: ZeroCopyMode::IoUringFixed,
             window: 123_456_789,
+            compression: Compression::Zstd,
             cpus: "!0-1".parse().unwrap(),
             ..TransferParameters::default()
         };
@@ -406,7 +449,7 @@ mod tests {
             (json!({"timeout": true}), "timeout"),
             (json!({"stall-timeout": "1ms"}), "stall-timeout"),
             (json!({"zero-copy": "on"}), "zero-copy"),
-            (json!({"compression": "zstd"}), "compression"),
+            (json!({"compression": "gzip"}), "compression"),
             (json!({"cpus": "3-0"}), "cpus"),
         ] {
             let error = overridden(arguments.clone()).unwrap_err();
@@ -419,7 +462,7 @@ mod tests {
         assert!(refusal(json!({"zero-copy": "on"})).contains("\"io-uring-fixed\""));
         assert!(refusal(json!({"streams": 300})).contains("1 to 256"));
         assert!(refusal(json!({"window": "64KiB"})).contains("packet-size (1MiB)"));
-        assert!(refusal(json!({"compression": "zstd"})).contains("not served by this version"));
+        assert!(refusal(json!({"compression": "gzip"})).contains("\"zstd\""));
         assert!(refusal(json!({"steams": 3})).contains("did you mean \"streams\"?"));
     }
 }

@@ -264,6 +264,7 @@ mod tests {
             boot_id: BootId("boot".into()),
             streams: 2,
             integrity: true,
+            compression: false,
             window: 1 << 20,
             stall_timeout_ms: 1000,
             recover_timeout_ms: 0,

@@ -221,6 +221,7 @@ impl Attempt {
                 assembly: Arc::new(assembly),
                 destinations,
                 integrity: offer.integrity,
+                compression: offer.compression,
                 received: Arc::clone(&self.received),
             }),
             readers,
@@ -356,6 +357,7 @@ impl Attempt {
             assembly,
             destinations: Arc::clone(&before.destinations),
             integrity: before.integrity,
+            compression: before.compression,
             received: Arc::clone(&before.received),
         });
         accepted.readers = Readers::new().map_err(AttemptError::local("make an eventfd"))?;

@@ -56,6 +56,12 @@ pub enum StreamError {
         /// The file.
         origin: String,
     },
+    /// There is no memory to decompress a packet in.
+    #[error("no memory for the buffers of a stream that decompresses: {source}")]
+    NoBuffer {
+        /// What was missing.
+        source: io::Error,
+    },
 }
 
 impl StreamError {
@@ -84,7 +90,7 @@ impl StreamError {
             Self::Wire { source, .. } => source.code(),
             Self::Violation(_) => "protocol",
             Self::Region(error) => error.code(),
-            Self::NoSpace { .. } => "no-space",
+            Self::NoSpace { .. } | Self::NoBuffer { .. } => "no-space",
         }
     }
 

@@ -12,13 +12,14 @@ use crate::limits::BLOCK_LEN;
 use crate::pages::PageRange;
 use crate::region::{Region, Span, SpanMut};
 use crate::stats::Counter;
-use crate::sys::wake::Wake;
+use crate::sys::{self, wake::Wake};
 use crate::wire::{
-    Ack, DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Table, TornTable,
-    blocks, crc32c,
+    Ack, DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Packed, Table,
+    TornTable, WireError, blocks, crc32c,
 };
 
 use super::StreamError;
+use super::codec::Decoder;
 
 /// Memory that a Region arrives in.
 pub trait Destination: Send + Sync + std::fmt::Debug {
@@ -52,6 +53,8 @@ pub struct IncomingSetup<D> {
     pub destinations: Arc<[D]>,
     /// Whether payload carries checksums.
     pub integrity: bool,
+    /// Whether payload may come compressed.
+    pub compression: bool,
     /// Counts payload bytes.
     pub received: Arc<Counter>,
 }
@@ -64,6 +67,7 @@ pub struct IncomingStream<D> {
     assembly: Arc<Assembly>,
     destinations: Arc<[D]>,
     integrity: bool,
+    compression: bool,
     stall_timeout: Duration,
     received: Arc<Counter>,
     wake: Wake,
@@ -71,6 +75,7 @@ pub struct IncomingStream<D> {
     table_bytes: Vec<u8>,
     torn: TornTable,
     buffer: Box<[u8]>,
+    decoder: Decoder,
     /// Ranges of a packet that come for the first time.
     fresh: Vec<PageRange>,
 }
@@ -91,6 +96,7 @@ impl<D: Destination> IncomingStream<D> {
             assembly: Arc::clone(&setup.assembly),
             destinations: Arc::clone(&setup.destinations),
             integrity: setup.integrity,
+            compression: setup.compression,
             stall_timeout: patience.stall_timeout,
             received: Arc::clone(&setup.received),
             wake: patience.wake.clone(),
@@ -98,6 +104,7 @@ impl<D: Destination> IncomingStream<D> {
             table_bytes: Vec::new(),
             torn: TornTable::default(),
             buffer: vec![0; BLOCK_LEN].into_boxed_slice(),
+            decoder: Decoder::default(),
             fresh: Vec::new(),
         }
     }
@@ -117,10 +124,7 @@ impl<D: Destination> IncomingStream<D> {
             if !self.read(&mut [SpanMut::of_slice(&mut header)])? {
                 return Ok(());
             }
-            let header = Header::decode(&header).map_err(|source| StreamError::Wire {
-                stream: self.index,
-                source,
-            })?;
+            let header = Header::decode(&header).map_err(|source| self.wire_error(source))?;
             self.torn.clear();
             match header {
                 Header::Data(header) => self.place(&header)?,
@@ -140,6 +144,10 @@ impl<D: Destination> IncomingStream<D> {
         let destinations = Arc::clone(&self.destinations);
         let incoming = assembly.data(self.index, header)?;
         let destination = &destinations[header.region as usize];
+        if let (Some(packed), false) = (&header.packed, self.compression) {
+            let rule = "compression was not offered";
+            return Err(self.illegal("packed", packed.bytes.into(), rule));
+        }
         self.read_table(header, incoming.bytes())?;
         let region = destination.region();
 
@@ -148,32 +156,89 @@ impl<D: Destination> IncomingStream<D> {
         self.fresh.clear();
         self.fresh.extend(self.table.data().filter(fresh));
         destination.populate(&self.fresh);
-        let mut spans = Vec::with_capacity(self.table.extents.len());
-        for range in self.table.data() {
-            incoming.placing(range);
-            spans.push(region.span_mut(range));
-        }
-        if let Err(error) = self.read_all(&mut spans) {
-            return Err(match error {
-                // EFAULT is how the kernel says that the file system has no page to give.
-                StreamError::Lost { source, .. }
-                    if source.raw_os_error() == Some(Errno::EFAULT as i32) =>
-                {
-                    StreamError::NoSpace {
-                        origin: region.origin().to_owned(),
-                    }
+        self.table.data().for_each(|range| incoming.placing(range));
+        let placed = match &header.packed {
+            None => self.read_plain(region).map(|()| true),
+            Some(packed) => self.read_packed(packed, header.payload, region),
+        };
+        let is_placed = placed.map_err(|error| match error {
+            // EFAULT is how the kernel says that the file system has no page to give.
+            StreamError::Lost { source, .. }
+                if source.raw_os_error() == Some(Errno::EFAULT as i32) =>
+            {
+                StreamError::NoSpace {
+                    origin: region.origin().to_owned(),
                 }
-                error => error,
-            });
-        }
+            }
+            error => error,
+        })?;
         self.received.add(header.payload.into());
-        self.check(region, incoming)?;
+        match is_placed {
+            true => self.check(region, incoming)?,
+            false => self
+                .table
+                .data()
+                .flat_map(blocks)
+                .for_each(|block| self.torn.push(block)),
+        }
         for &Extent { range, kind } in &self.table.extents {
             if kind != ExtentKind::Data {
                 clear(destination, incoming, range)?;
             }
         }
         self.acknowledge(header.sequence, header.iteration)
+    }
+
+    /// Has the kernel read payload straight into its place.
+    fn read_plain(&mut self, region: &Region) -> Result<(), StreamError> {
+        let mut spans = Vec::with_capacity(self.table.extents.len());
+        spans.extend(self.table.data().map(|range| region.span_mut(range)));
+        self.read_all(&mut spans)
+    }
+
+    /// Reads compressed payload, and places what it was before. `false`: it was damaged on the way, and
+    /// nothing was placed.
+    fn read_packed(
+        &mut self,
+        packed: &Packed,
+        payload: u32,
+        region: &Region,
+    ) -> Result<bool, StreamError> {
+        let mut decoder = std::mem::take(&mut self.decoder);
+        let placed = self.place_packed(&mut decoder, packed, payload, region);
+        self.decoder = decoder;
+        placed
+    }
+
+    fn place_packed(
+        &mut self,
+        decoder: &mut Decoder,
+        packed: &Packed,
+        payload: u32,
+        region: &Region,
+    ) -> Result<bool, StreamError> {
+        let no_memory = |source| StreamError::NoBuffer { source };
+        let room = decoder.room(packed).map_err(no_memory)?;
+        self.read_all(&mut [SpanMut::of_slice(room)])?;
+        if let Err(source) = decoder.check(packed) {
+            // As with plain payload: what has checksums is torn, and comes again.
+            return match self.integrity {
+                true => Ok(false),
+                false => Err(self.wire_error(source)),
+            };
+        }
+        let decoded = decoder.decode(packed, payload).map_err(no_memory)?;
+        let Some(mut rest) = decoded else {
+            let rule = "they do not decompress to the payload";
+            return Err(self.illegal("packed", packed.bytes.into(), rule));
+        };
+        for range in self.table.data() {
+            let span = region.span_mut(range);
+            let (bytes, behind) = rest.split_at(span.len());
+            sys::copy::place(bytes, span).map_err(|error| self.io_error("", error))?;
+            rest = behind;
+        }
+        Ok(true)
     }
 
     fn read_table(&mut self, header: &DataHeader, region_bytes: u64) -> Result<(), StreamError> {
@@ -184,10 +249,7 @@ impl<D: Destination> IncomingStream<D> {
             .table
             .decode(&bytes, header, region_bytes, self.integrity);
         self.table_bytes = bytes;
-        decoded.map_err(|source| StreamError::Wire {
-            stream: self.index,
-            source,
-        })
+        decoded.map_err(|source| self.wire_error(source))
     }
 
     /// Compares what is in place now with the sender's checksums.
@@ -250,6 +312,20 @@ impl<D: Destination> IncomingStream<D> {
             stream: self.index,
             source,
         })
+    }
+
+    fn illegal(&self, field: &'static str, value: u64, rule: &'static str) -> StreamError {
+        self.wire_error(WireError::Illegal {
+            frame: "packet header",
+            field,
+            value,
+            rule,
+        })
+    }
+
+    fn wire_error(&self, source: WireError) -> StreamError {
+        let stream = self.index;
+        StreamError::Wire { stream, source }
     }
 
     fn io_error(&self, waiting: &'static str, error: io::Error) -> StreamError {

@@ -3,7 +3,8 @@
 //! Where only the zero test is wanted, a page is read up to its first byte that is not zero. Else a block is copied into a cache-sized buffer and all three are computed from that copy, after the
 //! harvest and before the page is lent. What is sent afterwards may be newer (the page is live); then
 //! the receiver's checksum differs from ours, the block counts as torn, and it stays owed. That is
-//! also what makes `scan` exact: a value that came and went between two scans arrives torn.
+//! also what makes `scan` exact: a value that came and went between two scans arrives torn. Payload that is
+//! kept, to be compressed, is sent as it was read, and neither newer nor torn.
 
 use crate::dirty::{Change, Fingerprints};
 use crate::iteration::{Look, Piece};
@@ -17,6 +18,10 @@ use crate::wire::{ExtentKind, Table, blocks, crc32c};
 pub(super) struct Inspector {
     integrity: bool,
     buffer: Box<[u8]>,
+    /// Whether the payload is copied too.
+    keeps: bool,
+    /// The payload of the last piece as it was read, if it was kept.
+    pub(super) payload: Vec<u8>,
     /// What the last piece turned out to be.
     pub(super) table: Table,
     /// Bytes that were read for it.
@@ -37,9 +42,16 @@ impl Inspector {
         Self {
             integrity,
             buffer,
+            keeps: false,
+            payload: Vec::new(),
             table: Table::default(),
             read_bytes: 0,
         }
+    }
+
+    /// Whether payload is to be kept as it is read, to be sent from that copy.
+    pub(super) fn keep(&mut self, keeps: bool) {
+        self.keeps = keeps;
     }
 
     /// Reads the pages of `piece` and fills `table` with what has to be sent; it is empty if nothing
@@ -51,6 +63,7 @@ impl Inspector {
         piece: &Piece,
     ) -> Result<(), RegionError> {
         self.table.clear();
+        self.payload.clear();
         self.read_bytes = 0;
         for &(range, look) in &piece.runs {
             if look == Look::Hole {
@@ -60,7 +73,7 @@ impl Inspector {
             }
             // What is a hole by now is not filled again by looking at it.
             let mapped = is_mapped(region, range)?;
-            if mapped && !self.integrity && fingerprints.is_none() {
+            if mapped && !self.integrity && !self.keeps && fingerprints.is_none() {
                 self.probe(region, range)?;
                 continue;
             }
@@ -78,6 +91,7 @@ impl Inspector {
                     look,
                     fingerprints,
                     self.integrity,
+                    self.keeps.then_some(&mut self.payload),
                 );
             }
         }
@@ -129,6 +143,7 @@ fn add_block(
     look: Look,
     fingerprints: Option<&Fingerprints>,
     integrity: bool,
+    mut kept: Option<&mut Vec<u8>>,
 ) {
     let mut verdicts = (block.first..)
         .zip(bytes.chunks(PAGE_LEN))
@@ -148,13 +163,14 @@ fn add_block(
             first: block.first + first as u64,
             count: (end - first) as u64,
         };
+        let bytes = &bytes[first * PAGE_LEN..(end * PAGE_LEN).min(bytes.len())];
+        if let (Verdict::Data, Some(kept)) = (verdict, &mut kept) {
+            kept.extend_from_slice(bytes);
+        }
         match verdict {
             Verdict::Unchanged => {}
             Verdict::Zero => table.push(run, ExtentKind::Zero),
-            Verdict::Data if integrity => {
-                let end = (end * PAGE_LEN).min(bytes.len());
-                table.push_block(run, crc32c(&bytes[first * PAGE_LEN..end]));
-            }
+            Verdict::Data if integrity => table.push_block(run, crc32c(bytes)),
             Verdict::Data => table.push(run, ExtentKind::Data),
         }
     }
@@ -289,11 +305,45 @@ mod tests {
                 .sum::<u64>()
                 .try_into()
                 .unwrap(),
+            packed: None,
             table_crc: crc32c(&bytes),
         };
         Table::default()
             .decode(&bytes, &header, region.bytes(), true)
             .unwrap();
+    }
+
+    #[test]
+    fn what_is_kept_is_the_payload_that_the_table_announces() {
+        let mut content: Vec<u8> = (0..40 * PAGE_LEN + 10)
+            .map(|at| u8::try_from(at / 64 % 251).unwrap() + 1)
+            .collect();
+        content[5 * PAGE_LEN..6 * PAGE_LEN].fill(0);
+        let (_file, region) = region(&content);
+        for integrity in [true, false] {
+            let mut inspector = Inspector::new(integrity);
+            inspector.keep(true);
+            for _ in 0..2 {
+                inspector
+                    .inspect(&region, None, &piece(41, Look::Owed))
+                    .unwrap();
+                let announced: Vec<u8> = inspector
+                    .table
+                    .data()
+                    .flat_map(|run| {
+                        let bounds = [run.offset(), run.offset() + run.bytes(region.bytes())];
+                        let [start, end] = bounds.map(|n| usize::try_from(n).unwrap());
+                        content[start..end].to_vec()
+                    })
+                    .collect();
+                assert!(inspector.payload == announced);
+            }
+            inspector.keep(false);
+            inspector
+                .inspect(&region, None, &piece(41, Look::Owed))
+                .unwrap();
+            assert!(inspector.payload.is_empty());
+        }
     }
 
     #[test]

@@ -7,6 +7,8 @@
 //!
 //! Which pages go where is `iteration`'s business; agreeing and committing is the conversation's.
 
+mod codec;
+mod compression;
 mod error;
 mod incoming;
 mod inspect;
@@ -14,6 +16,7 @@ mod lending;
 mod outgoing;
 mod owed;
 mod pace;
+mod packing;
 mod window;
 
 pub use error::StreamError;

@@ -1,18 +1,17 @@
 //! The sending end: where a packet is sent.
 
+mod acks;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::channel::{
-    Channel, Engine, Flush, Opened, Shutdown, WriteFlags, read_exact_into, writev_all,
-};
+use crate::channel::{Channel, Engine, Flush, Opened, Shutdown, WriteFlags, writev_all};
 use crate::dirty::Tracker;
 use crate::iteration::{Piece, Plan};
-use crate::pages::PageRange;
-use crate::region::{Region, Span, SpanMut};
+use crate::region::{Region, Span};
 use crate::stats::StreamStats;
 use crate::wire::{
-    ACK_BYTES, Ack, DataHeader, Header, MarkHeader, StreamTotals, TornTable, WireError, crc32c,
+    Algorithm, DataHeader, Header, MarkHeader, StreamTotals, TornTable, WireError, crc32c,
 };
 
 use super::StreamError;
@@ -20,6 +19,7 @@ use super::inspect::Inspector;
 use super::lending::{Change, Fallback, Lending, Tell};
 use super::owed::{InFlight, Owed, merged};
 use super::pace::Pace;
+use super::packing::Packing;
 use super::window::{Unacknowledged, Window};
 
 /// The path of a stream that does not lend.
@@ -77,6 +77,8 @@ pub struct StreamSetup {
     pub owed: Arc<Owed>,
     /// Whether payload carries checksums.
     pub integrity: bool,
+    /// What payload may be compressed with, where that pays; nothing: it is not.
+    pub compression: &'static [Algorithm],
     /// Bound on bytes sent but not acknowledged.
     pub window: u64,
     /// The bandwidth cap.
@@ -102,6 +104,7 @@ pub struct OutgoingStream {
     tell: Tell,
     stats: Arc<StreamStats>,
     inspector: Inspector,
+    packing: Packing,
     piece: Piece,
     frame: Vec<u8>,
     torn_table: TornTable,
@@ -130,6 +133,7 @@ impl OutgoingStream {
             channel,
             inspector: Inspector::new(setup.integrity),
             window: Window::new(setup.window),
+            packing: Packing::new(setup.compression),
             setup,
             lending: Lending::new(engine.is_some()),
             engine,
@@ -156,6 +160,8 @@ impl OutgoingStream {
             }
             let (region, tracker) = &self.setup.regions[self.piece.region as usize];
             let started = Instant::now();
+            let keep = job.pass != Pass::Check && self.packing.begin(started);
+            self.inspector.keep(keep);
             self.inspector
                 .inspect(region, tracker.fingerprints(), &self.piece)?;
             report.read_time += started.elapsed();
@@ -225,10 +231,11 @@ impl OutgoingStream {
             .map(|e| e.range.bytes(region.bytes()))
             .sum();
 
+        let packed = self.packing.pack(&self.inspector.payload);
         self.frame.clear();
         self.frame.resize(crate::wire::HEADER_BYTES, 0);
         table.encode(&mut self.frame);
-        let header = Header::Data(DataHeader {
+        let header = DataHeader {
             epoch: self.setup.epoch,
             iteration,
             sequence: self.totals.packets + 1,
@@ -236,10 +243,11 @@ impl OutgoingStream {
             extents,
             blocks: checksums,
             payload: u32::try_from(payload).expect("a packet's payload is limited"),
+            packed,
             table_crc: crc32c(&self.frame[crate::wire::HEADER_BYTES..]),
-        });
-        self.frame[..crate::wire::HEADER_BYTES].copy_from_slice(&header.encode());
-        let wire_bytes = self.frame.len() as u64 + payload;
+        };
+        let wire_bytes = self.frame.len() as u64 + u64::from(header.payload_on_wire());
+        self.frame[..crate::wire::HEADER_BYTES].copy_from_slice(&Header::Data(header).encode());
 
         let blocks = u64::from(checksums);
         self.wait_for_window(wire_bytes, blocks)?;
@@ -248,16 +256,23 @@ impl OutgoingStream {
             return Err(StreamError::Ended);
         }
 
-        let flags = self.flags(job.pass, region_index);
+        let flags = match packed {
+            // A copy in a buffer that is used again for the next packet.
+            Some(_) => WriteFlags::NONE,
+            None => self.flags(job.pass, region_index),
+        };
         let frame = Span::of_slice(&self.frame);
-        let payload_spans = self.inspector.table.data().map(|range| region.span(range));
+        let payload_spans = || self.inspector.table.data().map(|range| region.span(range));
         // The frame's buffer is used again for the next packet, so it is always copied; where all is, it
         // goes in one call, and wakes the receiver once.
-        let sent = if flags == WriteFlags::NONE || payload == 0 {
-            let spans: Vec<_> = std::iter::once(frame).chain(payload_spans).collect();
+        let sent = if packed.is_some() {
+            let spans = [frame, Span::of_slice(self.packing.bytes())];
+            writev_all(&mut *self.channel, &spans, flags)
+        } else if flags == WriteFlags::NONE || payload == 0 {
+            let spans: Vec<_> = std::iter::once(frame).chain(payload_spans()).collect();
             writev_all(&mut *self.channel, &spans, WriteFlags::NONE)
         } else {
-            let spans: Vec<_> = payload_spans.collect();
+            let spans: Vec<_> = payload_spans().collect();
             writev_all(&mut *self.channel, &[frame], WriteFlags::MORE)
                 .and_then(|()| writev_all(&mut *self.channel, &spans, flags))
         };
@@ -272,6 +287,11 @@ impl OutgoingStream {
         self.stats.normal_pages.add(data_pages);
         self.stats.normal_bytes.add(payload);
         self.stats.duplicate_pages.add(pages - data_pages);
+        if let Some(packed) = packed {
+            self.stats.compressed_pages.add(data_pages);
+            self.stats.compressed_from.add(payload);
+            self.stats.compressed_to.add(packed.bytes.into());
+        }
         self.window.sent(Unacknowledged {
             sequence: self.totals.packets,
             iteration,
@@ -279,6 +299,7 @@ impl OutgoingStream {
             blocks,
             wire_bytes,
             memory_bytes,
+            carried: Some(self.packing.sent(payload, packed)),
         });
         Ok(payload)
     }
@@ -343,6 +364,7 @@ impl OutgoingStream {
             blocks: 0,
             wire_bytes: bytes.len() as u64,
             memory_bytes: 0,
+            carried: None,
         });
         Ok(())
     }
@@ -369,107 +391,6 @@ impl OutgoingStream {
             self.stats
                 .set_path(engine.as_str(), joined(&self.note, &trouble));
         }
-    }
-
-    /// Reads the acknowledgements that are there, and waits for more while the window is full.
-    fn wait_for_window(&mut self, bytes: u64, blocks: u64) -> Result<(), StreamError> {
-        while !self.window.is_empty() {
-            let full = !self.window.has_room(bytes, blocks);
-            if !full && !self.readable(Duration::ZERO)? {
-                return Ok(());
-            }
-            self.read_ack()?;
-        }
-        Ok(())
-    }
-
-    fn readable(&mut self, timeout: Duration) -> Result<bool, StreamError> {
-        self.channel
-            .wait_readable(timeout)
-            .map_err(|error| self.io_error("the receiver acknowledges nothing", error))
-    }
-
-    /// Waits for one acknowledgement. A slow link is not a dead one: as long as the peer's kernel takes
-    /// bytes off our queue there is progress.
-    fn read_ack(&mut self) -> Result<(), StreamError> {
-        const WAITING: &str = "the receiver acknowledges nothing";
-        let mut queued = self.channel.queued_bytes();
-        while !self.readable(self.setup.stall_timeout)? {
-            let now = self.channel.queued_bytes();
-            if now >= queued {
-                return Err(self.io_error(WAITING, std::io::ErrorKind::TimedOut.into()));
-            }
-            queued = now;
-        }
-        let mut bytes = [0; ACK_BYTES];
-        self.read(&mut bytes)?;
-        let ack = Ack::decode(&bytes).map_err(|source| self.wire_error(source))?;
-        let packet = self
-            .window
-            .acknowledged(&ack, self.setup.epoch)
-            .map_err(|source| self.wire_error(source))?;
-        self.stats.settled_bytes.add(packet.memory_bytes);
-        let Some((region, runs)) = packet.pages else {
-            return Ok(());
-        };
-        let torn = match ack.torn {
-            0 => Vec::new(),
-            _ => self.read_torn(&ack, region, &runs)?,
-        };
-        self.setup.owed.pay(region, &runs, &torn);
-        Ok(())
-    }
-
-    /// Reads which of a packet's pages arrived torn.
-    fn read_torn(
-        &mut self,
-        ack: &Ack,
-        region: u32,
-        sent: &[PageRange],
-    ) -> Result<Vec<PageRange>, StreamError> {
-        let mut table = std::mem::take(&mut self.torn_table);
-        self.read(table.buffer(ack))?;
-        let pages = self.setup.regions[region as usize].0.pages();
-        let runs = table
-            .decode(ack, pages)
-            .map_err(|source| self.wire_error(source))?;
-        let mut torn = Vec::new();
-        for run in runs {
-            if !sent.iter().any(|sent| sent.contains(run)) {
-                return Err(self.illegal_ack(
-                    "torn",
-                    run.first,
-                    "the packet does not have these pages",
-                ));
-            }
-            self.stats.torn_pages.add(run.count);
-            torn.push(run);
-        }
-        self.torn_table = table;
-        Ok(torn)
-    }
-
-    fn read(&mut self, bytes: &mut [u8]) -> Result<(), StreamError> {
-        const WAITING: &str = "the receiver acknowledges nothing";
-        let mut none = Vec::new();
-        match read_exact_into(
-            &mut *self.channel,
-            &mut [SpanMut::of_slice(bytes)],
-            &mut none,
-        ) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(self.io_error(WAITING, std::io::ErrorKind::UnexpectedEof.into())),
-            Err(error) => Err(self.io_error(WAITING, error)),
-        }
-    }
-
-    fn illegal_ack(&self, field: &'static str, value: u64, rule: &'static str) -> StreamError {
-        self.wire_error(WireError::Illegal {
-            frame: "acknowledgement",
-            field,
-            value,
-            rule,
-        })
     }
 
     fn wire_error(&self, source: WireError) -> StreamError {

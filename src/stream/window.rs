@@ -10,6 +10,8 @@ use crate::limits::{BLOCKS_UNACKNOWLEDGED_MAX, PACKETS_UNACKNOWLEDGED_MAX};
 use crate::pages::PageRange;
 use crate::wire::{Ack, WireError};
 
+use super::compression::Carried;
+
 /// A packet or mark under way.
 #[derive(Debug)]
 pub(super) struct Unacknowledged {
@@ -20,6 +22,8 @@ pub(super) struct Unacknowledged {
     pub(super) blocks: u64,
     pub(super) wire_bytes: u64,
     pub(super) memory_bytes: u64,
+    /// How its payload left; none for a mark.
+    pub(super) carried: Option<Carried>,
 }
 
 /// Packets under way, oldest first.
@@ -123,6 +127,7 @@ mod tests {
             blocks,
             wire_bytes,
             memory_bytes: 0,
+            carried: None,
         }
     }
 

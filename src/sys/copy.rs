@@ -1,5 +1,5 @@
-//! Reading memory whose file somebody else may cut short, or whose page may have gone bad: copying out of
-//! it, and finding out whether it is zero.
+//! Reading and writing memory whose file somebody else may cut short, whose page may have gone bad, or for
+//! which there may be none: copying out of it and into it, and finding out whether it is zero.
 //!
 //! Touching such memory is a SIGBUS. The few instructions that touch it stand together, and the handler
 //! that is installed here lets a thread that faulted in them go on behind them, where they say that they
@@ -7,9 +7,15 @@
 //! went before.
 #![allow(unsafe_code)] // An instruction that may fault, and the handler for it.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
-use crate::region::Span;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::msg::{IovBuf, readv};
+use crate::region::{Span, SpanMut};
 
 /// Copies `span` to the start of `buffer`, which is at least as long. `false`: not all of the memory
 /// could be read, and what `buffer` holds is of no use. The caller finds out why by a system call.
@@ -26,6 +32,39 @@ pub fn copy(span: &Span<'_>, buffer: &mut [u8]) -> bool {
     // mapped while it is borrowed; whether there is memory behind them is what the handler is for. The
     // bytes are read by machine instructions and never seen as a Rust reference.
     unsafe { machine::copy(buffer.as_mut_ptr(), span.base(), span.len()) == 0 }
+}
+
+/// Copies `bytes` to the start of `span`, which is at least as long. Memory that cannot be had is the error
+/// `EFAULT`; some of it may be written then.
+pub fn place(bytes: &[u8], span: SpanMut<'_>) -> io::Result<()> {
+    assert!(bytes.len() <= span.len(), "the copy fits");
+    // SAFETY: `bytes` is borrowed, and `span` gives addresses that stay mapped for writing while it is; whether
+    // there is memory behind them is what the handler is for. No reference to that memory exists.
+    let placed =
+        is_ready() && unsafe { machine::copy(span.base(), bytes.as_ptr(), bytes.len()) == 0 };
+    match placed {
+        true => Ok(()),
+        false => place_by_kernel(bytes, span),
+    }
+}
+
+/// The same, by the kernel: it says why it cannot. hugetlbfs has no write, but can be read into.
+fn place_by_kernel(bytes: &[u8], span: SpanMut<'_>) -> io::Result<()> {
+    let copy = File::from(memfd_create(c"memferry-copy", MFdFlags::MFD_CLOEXEC)?);
+    copy.write_all_at(bytes, 0)?;
+    let (mut rest, mut span, mut iov) = (bytes.len(), [span], IovBuf::new());
+    while rest > 0 {
+        match readv(copy.as_fd(), &iov.scatter(&span)) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => {
+                span[0].advance(read);
+                rest -= read;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Whether all bytes of `span` are zero; `None` if not all that had to be looked at could be read. Stops
@@ -45,7 +84,7 @@ pub fn is_zero(span: &Span<'_>) -> Option<bool> {
     }
 }
 
-/// Whether a fault of the two would be caught; installs the handler at first use.
+/// Whether a fault of these would be caught; installs the handler at first use.
 fn is_ready() -> bool {
     static READY: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
     *READY.get_or_init(|| machine::catch_faults().is_ok())
@@ -194,7 +233,7 @@ mod machine {
     }
 }
 
-/// Elsewhere nothing is read this way, and callers read the file.
+/// Elsewhere nothing is copied this way: callers read the file, and the kernel places.
 #[cfg(not(target_arch = "x86_64"))]
 mod machine {
     use super::io;
@@ -214,11 +253,6 @@ mod machine {
 
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {
-    use std::fs::File;
-    use std::os::unix::fs::FileExt;
-
-    use nix::sys::memfd::{MFdFlags, memfd_create};
-
     use super::*;
     use crate::region::{Access, Mapping};
 
@@ -239,6 +273,27 @@ mod tests {
         file.set_len(3 * 4096).unwrap();
         assert!(copy(&span, &mut buffer), "nothing was put in its place");
         assert!(buffer[4095..].iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn placing_where_no_memory_is_is_an_error_and_no_signal() {
+        for place in [place, place_by_kernel] {
+            let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+            file.set_len(3 * 4096).unwrap();
+            let mapping = Mapping::new(&file, 3 * 4096, Access::Write).unwrap();
+            let span = |offset, len| mapping.span_mut(offset, len).unwrap();
+            place(&[7; 5000], span(100, 6000)).unwrap();
+            let mut found = [1; 6000];
+            file.read_exact_at(&mut found, 100).unwrap();
+            assert_eq!(
+                (&found[..5000], &found[5000..]),
+                (&[7; 5000][..], &[0; 1000][..])
+            );
+            file.set_len(4096).unwrap();
+            let error = place(&[7; 5000], span(0, 5000)).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(nix::libc::EFAULT));
+            place(&[8; 4096], span(0, 4096)).unwrap();
+        }
     }
 
     #[test]

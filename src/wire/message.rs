@@ -152,6 +152,9 @@ pub struct Offer {
     pub streams: u16,
     /// Whether payload carries checksums.
     pub integrity: bool,
+    /// Whether payload may be compressed; only towards a receiver of version 2.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub compression: bool,
     /// Bound on bytes sent but not acknowledged, per stream.
     pub window: u64,
     /// Longest silence before either side gives the other up, in ms.
@@ -493,6 +496,29 @@ mod tests {
             FrameHeader::decode(bytes),
             Err(WireError::Damaged { .. })
         ));
+    }
+
+    #[test]
+    fn an_offer_without_compression_is_one_of_version_1() {
+        let offer = |compression| Offer {
+            id: "a".parse().unwrap(),
+            nonce: Hex128([1; 16]),
+            boot_id: BootId("b".into()),
+            streams: 1,
+            integrity: true,
+            compression,
+            window: 1,
+            stall_timeout_ms: 1,
+            recover_timeout_ms: 0,
+            dry_run: false,
+            regions: Vec::new(),
+        };
+        for (compression, shown) in [(false, None), (true, Some(&serde_json::json!(true)))] {
+            let json = serde_json::to_value(FromSender::Offer(offer(compression))).unwrap();
+            assert_eq!(json.get("compression"), shown);
+            let read: FromSender = serde_json::from_value(json).unwrap();
+            assert_eq!(read, FromSender::Offer(offer(compression)));
+        }
     }
 
     #[test]

@@ -6,12 +6,14 @@
 
 mod ack;
 mod blob;
+mod compression;
 mod message;
 mod packet;
 mod preamble;
 
 pub use ack::{ACK_BYTES, Ack, TORN_BYTES, TornTable};
 pub use blob::{BlobAccount, BlobSum};
+pub use compression::{Algorithm, Packed};
 pub use message::{
     BootId, FRAME_BYTES, FrameHeader, FrameKind, FromReceiver, FromSender, Hex128, Offer,
     OfferedRegion, Owner, RegionRun, Resume, StreamTotals, Text, Token,
@@ -19,8 +21,11 @@ pub use message::{
 pub use packet::{DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Table, blocks};
 pub use preamble::{PREAMBLE_BYTES, Preamble, Purpose, Status};
 
-/// The protocol version this build speaks. It also talks to the one before it, once there is one.
-pub const VERSION: u16 = 1;
+/// The protocol version this build speaks. It also talks to the one before it.
+pub const VERSION: u16 = 2;
+
+/// The first version that has compressed payload.
+pub const VERSION_COMPRESSION: u16 = 2;
 
 /// The oldest version this build talks to.
 pub const VERSION_OLDEST: u16 = 1;
@@ -41,7 +46,7 @@ pub enum WireError {
     },
     /// The peer speaks other versions of the protocol.
     #[error(
-        "the peer speaks protocol versions {oldest} to {newest}, this side {VERSION_OLDEST} to {VERSION}: upgrade the older one"
+        "the peer speaks protocol versions {oldest} to {newest}, this side {VERSION_OLDEST} to {VERSION} (compression needs version {VERSION_COMPRESSION}): upgrade the older one"
     )]
     Version {
         /// Its oldest.

@@ -7,7 +7,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{WireError, check_crc, crc32c, seal};
+use super::{Algorithm, Packed, WireError, check_crc, crc32c, seal};
 use crate::limits::{
     BLOCK_PAGES, PACKET_BLOCKS_MAX, PACKET_BYTES_MAX, PACKET_EXTENTS_MAX, REGIONS_MAX,
 };
@@ -38,7 +38,8 @@ struct Raw {
     payload: U32,
     table_crc: U32,
     bytes: U64,
-    reserved2: [u8; 8],
+    packed: U32,
+    packed_crc: U32,
     crc: U32,
 }
 
@@ -88,8 +89,10 @@ pub struct DataHeader {
     pub extents: u32,
     /// Checksums in the table; 0 with integrity off.
     pub blocks: u32,
-    /// Bytes of payload after the table.
+    /// Bytes of payload, before they are compressed.
     pub payload: u32,
+    /// How the payload travels; `None` is as it is.
+    pub packed: Option<Packed>,
     /// Checksum of the table.
     pub table_crc: u32,
 }
@@ -124,6 +127,12 @@ impl DataHeader {
     pub fn table_bytes(&self) -> usize {
         self.extents as usize * EXTENT_BYTES + self.blocks as usize * size_of::<u32>()
     }
+
+    /// Bytes that follow the table.
+    #[must_use]
+    pub fn payload_on_wire(&self) -> u32 {
+        self.packed.map_or(self.payload, |packed| packed.bytes)
+    }
 }
 
 impl Header {
@@ -143,6 +152,11 @@ impl Header {
                 raw.blocks = h.blocks.into();
                 raw.payload = h.payload.into();
                 raw.table_crc = h.table_crc.into();
+                if let Some(packed) = h.packed {
+                    raw.flags = packed.algorithm.flag();
+                    raw.packed = packed.bytes.into();
+                    raw.packed_crc = packed.crc.into();
+                }
             }
             Self::Mark(h) => {
                 raw.kind = KIND_MARK;
@@ -170,8 +184,13 @@ impl Header {
                 "expected \"MFpk\"",
             );
         }
-        if raw.flags != 0 {
-            return illegal("flags", raw.flags.into(), "expected 0");
+        let algorithm = Algorithm::of_flag(raw.flags);
+        if raw.flags != 0 && (algorithm.is_none() || raw.kind != KIND_DATA) {
+            return illegal(
+                "flags",
+                raw.flags.into(),
+                "expected 0, in a packet also 1 or 2",
+            );
         }
         if raw.iteration == 0 {
             return illegal("iteration", 0, "they count from 1");
@@ -204,6 +223,20 @@ impl Header {
                 if u64::from(payload) > PACKET_BYTES_MAX {
                     return illegal("payload", payload.into(), "expected at most 16 MiB");
                 }
+                let packed = algorithm.map(|algorithm| Packed {
+                    algorithm,
+                    bytes: raw.packed.get(),
+                    crc: raw.packed_crc.get(),
+                });
+                if let Some(Packed { bytes, .. }) = packed
+                    && !(1..payload).contains(&bytes)
+                {
+                    return illegal(
+                        "packed",
+                        bytes.into(),
+                        "expected 1 to less than the payload",
+                    );
+                }
                 let table_crc = raw.table_crc.get();
                 Ok(Self::Data(DataHeader {
                     epoch,
@@ -213,6 +246,7 @@ impl Header {
                     extents,
                     blocks,
                     payload,
+                    packed,
                     table_crc,
                 }))
             }
@@ -404,6 +438,7 @@ mod tests {
             extents: 3,
             blocks: 2,
             payload: 4 * 4096,
+            packed: None,
             table_crc: crc32c(&bytes),
         };
         (Header::Data(header), header, table, bytes)
@@ -440,6 +475,74 @@ mod tests {
             .unwrap();
         assert_eq!(read.extents, table.extents);
         assert_eq!(read.checksums, table.checksums);
+    }
+
+    #[test]
+    fn golden_bytes_of_a_compressed_packet() {
+        for (algorithm, flag) in [(Algorithm::Lz4, 1), (Algorithm::Zstd, 2)] {
+            let packed = Packed {
+                algorithm,
+                bytes: 0x0123,
+                crc: 0x4433_2211,
+            };
+            let (plain, data, ..) = sample();
+            let header = Header::Data(DataHeader {
+                packed: Some(packed),
+                ..data
+            });
+            let (bytes, plain) = (header.encode(), plain.encode());
+            assert_eq!(bytes[..5], plain[..5]);
+            assert_eq!(bytes[5], flag);
+            assert_eq!(bytes[6..52], plain[6..52]);
+            assert_eq!(&bytes[52..60], b"\x23\x01\0\0\x11\x22\x33\x44");
+            assert_eq!(bytes[60..], crc32c(&bytes[..60]).to_le_bytes());
+            assert_eq!(Header::decode(&bytes), Ok(header));
+        }
+    }
+
+    #[test]
+    fn a_compressed_length_that_saves_nothing_or_is_nothing_is_refused() {
+        let (_, data, ..) = sample();
+        let decoded = |payload, bytes| {
+            let packed = Packed {
+                algorithm: Algorithm::Lz4,
+                bytes,
+                crc: 0,
+            };
+            let packed = Some(packed);
+            let header = DataHeader {
+                payload,
+                packed,
+                ..data
+            };
+            Header::decode(&Header::Data(header).encode())
+        };
+        assert!(decoded(4096, 4095).is_ok() && decoded(4096, 1).is_ok());
+        for (payload, bytes) in [(4096, 0), (4096, 4096), (4096, u32::MAX), (0, 0), (0, 1)] {
+            let refused = decoded(payload, bytes).unwrap_err();
+            assert_eq!(refused.code(), "protocol", "{payload} {bytes}");
+        }
+    }
+
+    #[test]
+    fn flags_that_no_algorithm_has_and_flags_of_a_mark_are_refused() {
+        let (data, ..) = sample();
+        let mark = Header::Mark(MarkHeader {
+            epoch: 0,
+            iteration: 1,
+            sequence: 1,
+            bytes: 0,
+            streams: 1,
+        });
+        for (header, flags) in [(data, 3), (data, 0x81), (mark, 1), (mark, 2)] {
+            let mut bytes = header.encode();
+            bytes[5] = flags;
+            seal(&mut bytes);
+            assert!(matches!(
+                Header::decode(&bytes),
+                Err(WireError::Illegal { field: "flags", .. })
+            ));
+        }
     }
 
     #[test]
@@ -548,7 +651,11 @@ mod tests {
             frame[32..].copy_from_slice(&tail);
             frame[..4].copy_from_slice(&MAGIC);
             seal(&mut frame);
-            if let Ok(Header::Data(header)) = Header::decode(&frame)
+            let decoded = Header::decode(&frame);
+            if let Ok(Header::Data(header)) = decoded {
+                prop_assert!(u64::from(header.payload_on_wire()) <= PACKET_BYTES_MAX);
+            }
+            if let Ok(Header::Data(header)) = decoded
                 && table.len() >= header.table_bytes()
             {
                 let bytes = &table[..header.table_bytes()];

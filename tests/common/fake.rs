@@ -293,6 +293,7 @@ pub(crate) fn offer(id: &str, length: u64, streams: u16) -> Offer {
         boot_id: memferry::journal::boot_id().unwrap(),
         streams,
         integrity: true,
+        compression: false,
         window: 16 << 20,
         stall_timeout_ms: 60_000,
         recover_timeout_ms: 0,

@@ -522,7 +522,7 @@ impl Wire<'_> {
                             0,
                         ),
                         Header::Data(data) => {
-                            let payload = data.payload as usize;
+                            let payload = data.payload_on_wire() as usize;
                             if !self.read(data.table_bytes() + payload)? {
                                 return Ok(None);
                             }

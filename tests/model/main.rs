@@ -39,7 +39,7 @@ use memferry::stream::{
     StreamError, StreamSetup, Tell,
 };
 use memferry::sys::wake::Wake;
-use memferry::wire::StreamTotals;
+use memferry::wire::{Algorithm, StreamTotals};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
@@ -123,6 +123,7 @@ struct Shape {
     streams: u16,
     tracking: Tracking,
     integrity: bool,
+    compression: &'static [Algorithm],
     lends: bool,
     packet_bytes: u64,
     window: u64,
@@ -140,6 +141,11 @@ impl Shape {
             streams: 1 + u16::try_from(random.below(4)).unwrap(),
             tracking,
             integrity: tracking == Tracking::Scan || random.one_in(2),
+            compression: match random.below(3) {
+                0 => &[],
+                1 => &[Algorithm::Lz4],
+                _ => &[Algorithm::Zstd],
+            },
             lends: random.below(3) > 0,
             packet_bytes: PACKET_BYTES_MIN << random.below(3),
             window: PACKET_BYTES_MIN << random.below(4),
@@ -242,6 +248,7 @@ impl<'a> Attempt<'a> {
             regions: Arc::clone(&self.sources),
             owed: Arc::clone(&self.owed),
             integrity: self.shape.integrity,
+            compression: self.shape.compression,
             window: self.shape.window,
             pace: Arc::new(Pace::new(0, Instant::now())),
             stall_timeout: patience.stall_timeout,
@@ -252,6 +259,7 @@ impl<'a> Attempt<'a> {
             assembly: Arc::clone(&self.assembly),
             destinations: Arc::clone(&self.destinations),
             integrity: self.shape.integrity,
+            compression: !self.shape.compression.is_empty(),
             received: Arc::default(),
         };
         let loans = Arc::new(Loans::default());

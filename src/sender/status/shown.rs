@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::limits::PAGE_BYTES;
 use crate::rates::{Rates, Smoothed, Verdict};
+use crate::wire::Algorithm;
 
 use super::{Attempt, IterationRow, State, Status, per_second};
 
@@ -46,6 +47,7 @@ impl Attempt {
                 "dirty-sync-missed-zero-copy": self.sum(|s| s.missed_zero_copy.get()),
             },
             "zero-copy": self.zero_copy(),
+            "compression": self.compression(),
             "streams": state.streams_open,
             "recoveries": state.interruptions,
             "iterations": state.iterations.iter().map(row).collect::<Vec<_>>(),
@@ -95,13 +97,36 @@ impl Attempt {
             .iter()
             .find(|path| !path.reason.is_empty())
             .or_else(|| paths.first());
+        let mut reasons: Vec<_> = shown.map(|path| path.reason.clone()).into_iter().collect();
+        if self.streams.iter().any(|s| s.compression().is_some()) {
+            reasons.push("compressed packets are copies, and never lent".to_owned());
+        }
+        reasons.retain(|reason| !reason.is_empty());
         json!({
             "requested": self.parameters.zero_copy.as_str(),
             "path": shown.map_or("", |path| path.path),
             "sends": self.sum(|s| s.zero_copy_sends.get()),
             "copied": self.sum(|s| s.zero_copy_copied.get()),
             "fallbacks": self.sum(|s| s.fallbacks.get()),
-            "reason": shown.map_or("", |path| &path.reason),
+            "reason": reasons.join("; "),
+        })
+    }
+
+    /// QEMU's members, where it has them, and what they are computed from.
+    #[expect(clippy::cast_precision_loss)] // shown to people
+    fn compression(&self) -> Value {
+        let (from, to) = (
+            self.sum(|s| s.compressed_from.get()),
+            self.sum(|s| s.compressed_to.get()),
+        );
+        let mut active = self.streams.iter().filter_map(|s| s.compression());
+        json!({
+            "requested": self.parameters.compression.as_str(),
+            "active": active.next().map_or("off", Algorithm::as_str),
+            "pages": self.sum(|s| s.compressed_pages.get()),
+            "bytes": from,
+            "compressed-size": to,
+            "compression-rate": if to == 0 { 0.0 } else { from as f64 / to as f64 },
         })
     }
 }

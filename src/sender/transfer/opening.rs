@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::config::Integrity;
+use crate::config::{Compression, Integrity};
 use crate::peer::{self};
 use crate::region::RegionError;
 use crate::stream::{Pace, StreamSetup};
 use crate::wire::{
     FromReceiver, FromSender, Offer, OfferedRegion, Preamble, Purpose, StreamTotals, Token,
+    VERSION_COMPRESSION,
 };
 
 use super::super::debt::Source;
@@ -19,7 +20,11 @@ impl Transfer {
     /// Begins a conversation.
     pub(super) async fn call(&mut self) -> Result<&mut Talk, TransferError> {
         let patience = self.parameters.stall_timeout;
-        let preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
+        let mut preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
+        if self.parameters.compression != Compression::Off {
+            // An older receiver says so now, and not at the first packet that it cannot read.
+            preamble.version_oldest = VERSION_COMPRESSION;
+        }
         let connection = peer::connect(&self.order.endpoint, preamble, patience).await?;
         self.reached = peer::reached(&connection, &self.order.endpoint);
         self.round_trip = peer::round_trip(&connection);
@@ -61,6 +66,7 @@ impl Transfer {
             boot_id: self.order.identity.clone(),
             streams: self.parameters.streams,
             integrity: self.parameters.integrity == Integrity::Crc32c,
+            compression: self.parameters.compression != Compression::Off,
             window: self.parameters.window,
             stall_timeout_ms: milliseconds(self.parameters.stall_timeout),
             recover_timeout_ms: milliseconds(self.parameters.recover_timeout),
@@ -81,6 +87,7 @@ impl Transfer {
         let setup = StreamSetup {
             regions: Arc::clone(self.debt.sources()),
             integrity: self.parameters.integrity == Integrity::Crc32c,
+            compression: self.parameters.compression.algorithms(),
             window: self.parameters.window,
             pace: Arc::new(Pace::new(self.parameters.max_bandwidth, Instant::now())),
             stall_timeout: self.parameters.stall_timeout,
