@@ -180,7 +180,8 @@ fn a_transfer_over_a_line_that_breaks_again_and_again_sends_little_twice() {
 fn a_connection_lost_while_the_writer_stands_still_is_repaired_without_a_thaw() {
     let (mut pair, relay, writer) = live(8 * MIB);
     pair.begin("r", slow_and_frozen());
-    pair.sender.wait("r", "device");
+    // The state says that it is being stopped; that it stands still comes a moment later.
+    pair.sender.wait_until("r", |_| writer.is_stopped());
     relay.reset(Which::All);
     let seen = pair.sender.wait_until("r", |seen| {
         assert!(writer.is_stopped());
