@@ -37,7 +37,10 @@ const LAYERS: &[(&str, &[&str])] = &[
         "control plane",
         &["config", "log", "peer", "control", "notify", "client"],
     ),
-    ("wiring", &["daemon", "populate", "sender", "receiver", "workload"]),
+    (
+        "wiring",
+        &["daemon", "populate", "sender", "receiver", "workload"],
+    ),
     ("command line", &["cli"]),
 ];
 
