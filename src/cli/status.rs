@@ -99,7 +99,9 @@ fn summary(answer: &Value) -> Vec<String> {
         row("sent", sent_in_passes(sent, answer));
     }
     if let Some(pages @ 1..) = ram["torn"].as_u64() {
-        let told = format!("{pages} pages arrived damaged or half written, and came again");
+        let told = format!(
+            "{pages} pages were written while they were sent, or damaged on the way, and came again"
+        );
         row("repaired", told);
     }
     if let Some(told) = convergence(answer) {
