@@ -7,7 +7,7 @@
 //! counts of both sides start anew with each epoch.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::limits::{MISSING_RUNS_MAX, PAGE_BYTES};
 use crate::name::Name;
@@ -95,6 +95,24 @@ pub enum Violation {
         /// Streams there are.
         streams: usize,
     },
+    /// A frame that came after the sender had said that it is done.
+    #[error("stream {stream} sent packet {sequence} after the sender was done")]
+    Closed {
+        /// The stream.
+        stream: u16,
+        /// The frame.
+        sequence: u64,
+    },
+    /// A frame has come and is not in place yet.
+    #[error("stream {stream}: {applied} of the {received} packets that arrived are in place")]
+    UnderWay {
+        /// The stream.
+        stream: u16,
+        /// Frames in place.
+        applied: u64,
+        /// Frames that have come.
+        received: u64,
+    },
     /// Pages never arrived, or arrived damaged and were not sent again.
     #[error("region {name} is not complete: {missing} of its {pages} pages are missing or torn")]
     Incomplete {
@@ -166,6 +184,8 @@ pub struct Assembly {
     complete: AtomicU32,
     /// Streams that have ended the one after it.
     marks: AtomicU32,
+    /// The sender is done: no frame is taken any more.
+    closed: AtomicBool,
 }
 
 impl Assembly {
@@ -191,6 +211,7 @@ impl Assembly {
             expected: AtomicU32::new(0),
             complete: AtomicU32::new(iteration - 1),
             marks: AtomicU32::new(0),
+            closed: AtomicBool::new(false),
         }
     }
 
@@ -210,7 +231,8 @@ impl Assembly {
     /// All of the frame is in place: what an acknowledgement says, whether it gets through or not.
     pub fn applied(&self, stream: u16, sequence: u64) {
         let state = &self.streams[usize::from(stream)];
-        state.applied.store(sequence, Ordering::Relaxed);
+        // With `close`: who sees this sees the pages.
+        state.applied.store(sequence, Ordering::Release);
     }
 
     /// Whether nothing has come on `stream` in this epoch.
@@ -222,7 +244,7 @@ impl Assembly {
     /// How many frames of each stream are in place.
     #[must_use]
     pub fn frames_applied(&self) -> Vec<u64> {
-        let applied = |state: &StreamState| state.applied.load(Ordering::Relaxed);
+        let applied = |state: &StreamState| state.applied.load(Ordering::Acquire);
         self.streams.iter().map(applied).collect()
     }
 
@@ -363,21 +385,34 @@ impl Assembly {
                 open,
             });
         }
-        state.packets.store(sequence, Ordering::Relaxed);
+        // First counted, then asked, and the other way round in `close`: whichever comes first, a frame
+        // that is taken is in the count that the verdict reads.
+        state.packets.store(sequence, Ordering::SeqCst);
+        if self.closed.load(Ordering::SeqCst) {
+            return Err(Violation::Closed { stream, sequence });
+        }
         Ok(())
     }
 
     fn totals(&self, stream: u16) -> StreamTotals {
         let state = &self.streams[usize::from(stream)];
         StreamTotals {
-            packets: state.packets.load(Ordering::Relaxed),
+            packets: state.packets.load(Ordering::SeqCst),
             bytes: state.bytes.load(Ordering::Relaxed),
         }
     }
 
-    /// Whether all of it is here: the counts agree on every stream, no Iteration is open, and every
-    /// page was carried and is intact. `sent` is the sender's count by stream number.
-    pub fn verdict(&self, sent: &[StreamTotals]) -> Result<(), Violation> {
+    /// The sender is done: takes no frame any more, and says whether all of it is here. That is so if the
+    /// counts agree on every stream, every frame is in place, no Iteration is open, and every page was
+    /// carried and is intact. `sent` is the sender's count by stream number.
+    ///
+    /// Behind a yes nothing changes the memory, though the streams' threads may still wait for packets.
+    pub fn close(&self, sent: &[StreamTotals]) -> Result<(), Violation> {
+        self.closed.store(true, Ordering::SeqCst);
+        self.verdict(sent)
+    }
+
+    fn verdict(&self, sent: &[StreamTotals]) -> Result<(), Violation> {
         let streams = self.streams.len();
         let open = self.iterations() + 1;
         let marked = self.marks.load(Ordering::Acquire);
@@ -394,6 +429,16 @@ impl Assembly {
                 return Err(Violation::Totals {
                     stream,
                     sent,
+                    received,
+                });
+            }
+        }
+        for (stream, applied) in (0..).zip(self.frames_applied()) {
+            let received = self.totals(stream).packets;
+            if applied != received {
+                return Err(Violation::UnderWay {
+                    stream,
+                    applied,
                     received,
                 });
             }
@@ -489,6 +534,8 @@ mod tests {
             packets: 2,
             bytes: 4096,
         };
+        all.applied(0, 2);
+        all.applied(1, 2);
         assert_eq!(all.verdict(&[totals, totals]), Ok(()));
         assert_eq!(all.intact_bytes(), 4 * PAGE_BYTES);
         let other = StreamTotals {
@@ -510,6 +557,7 @@ mod tests {
         region.placing(range(2, 1));
         assert!(region.was_written(range(0, 4)) && !region.was_written(range(3, 1)));
         all.mark(0, &mark(1, 2, 4096)).unwrap();
+        all.applied(0, 2);
         let totals = StreamTotals {
             packets: 2,
             bytes: 4096,
@@ -522,6 +570,35 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    #[test]
+    fn a_sender_that_is_done_has_everything_in_place_and_sends_nothing_more() {
+        let all = assembly(1);
+        all.data(0, &data(1, 1)).unwrap().intact(range(0, 4));
+        all.applied(0, 1);
+        all.mark(0, &mark(1, 2, 4096)).unwrap();
+        let totals = StreamTotals {
+            packets: 2,
+            bytes: 4096,
+        };
+        assert_eq!(
+            all.close(&[totals]),
+            Err(Violation::UnderWay {
+                stream: 0,
+                applied: 1,
+                received: 2,
+            })
+        );
+        all.applied(0, 2);
+        assert_eq!(all.close(&[totals]), Ok(()));
+        assert_eq!(
+            all.data(0, &data(2, 3)).unwrap_err(),
+            Violation::Closed {
+                stream: 0,
+                sequence: 3,
+            }
+        );
     }
 
     #[test]
@@ -650,6 +727,7 @@ mod tests {
             ..mark(2, 2, 4096)
         };
         assert!(next.mark(0, &mark).unwrap());
+        next.applied(0, 2);
         let totals = StreamTotals {
             packets: 2,
             bytes: 4096,

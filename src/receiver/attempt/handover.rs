@@ -8,14 +8,16 @@ use serde_json::json;
 use tokio::time::timeout;
 
 use crate::journal::Decision;
-use crate::wire::{BlobAccount, FromReceiver, FromSender, StreamTotals};
+use crate::stream::StreamError;
+use crate::wire::{BlobAccount, FromReceiver, FromSender, Hex128, StreamTotals};
 
 use super::super::admission::Refusal;
 use super::super::blob::KeptBlob;
 use super::super::destination::{self, Hidden};
 use super::super::error::AttemptError;
 use super::super::prepared::Place;
-use super::{Attempt, REASON_WAIT, accepted, hear, unexpected};
+use super::super::readers::Readers;
+use super::{Attempt, REASON_WAIT, accepted, failure, hear, unexpected};
 
 /// What a commit would take over.
 pub(super) struct Ready {
@@ -25,8 +27,9 @@ pub(super) struct Ready {
 }
 
 impl Attempt {
-    /// Everything is there and intact, and every file has a name to be renamed from. The streams end
-    /// first: what is not in place now never will be.
+    /// Everything is there and intact, and every file has a name to be renamed from. What is not in place
+    /// now never will be: the streams' threads take nothing more. They are not ended yet, because a writer
+    /// stands still, and on a busy machine each of them would have to wait for a CPU to end.
     pub(super) async fn prepare(
         &mut self,
         totals: &[StreamTotals],
@@ -34,9 +37,8 @@ impl Attempt {
     ) -> Result<Ready, AttemptError> {
         let nonce = self.nonce;
         let accepted = accepted(&mut self.accepted);
-        accepted.end_epoch().await;
         let setup = Arc::clone(&accepted.setup);
-        setup.assembly.verdict(totals)?;
+        setup.assembly.close(totals)?;
         let blob = match (self.blob.take(), blob) {
             (None, None) => None,
             (Some(arrived), Some(account)) if arrived.account() == account => {
@@ -48,29 +50,20 @@ impl Attempt {
                 return Err(AttemptError::Blob { arrived, account });
             }
         };
+        // An unnamed file can be given a name only once.
         let named = accepted.hidden.is_some();
-        let hide = move || {
-            let files = setup.destinations.iter().enumerate();
-            let files = files.filter_map(|(index, place)| Some((index, place.file()?)));
-            let mut hidden = Vec::new();
-            for (index, file) in files {
-                file.sync()?;
-                // An unnamed file can be given a name only once.
-                if !named {
-                    hidden.push(file.hide(nonce, index)?);
-                }
-            }
-            Ok::<_, io::Error>(hidden)
+        let quick = is_quick(&setup.destinations);
+        let hide = move || hide(&setup.destinations, named, nonce);
+        let hidden = match quick {
+            true => hide(),
+            false => match tokio::task::spawn_blocking(hide).await {
+                Ok(hidden) => hidden,
+                Err(panicked) => Err(panicked.into()),
+            },
         };
-        // On a disk this writes the Regions out, so it is not for the control plane's thread.
-        let hidden = tokio::task::spawn_blocking(hide)
-            .await
-            .map_err(io::Error::from);
-        let hidden = hidden
-            .and_then(|hidden| hidden)
-            .map_err(AttemptError::local(
-                "link the regions into receive.directory",
-            ))?;
+        let hidden = hidden.map_err(AttemptError::local(
+            "link the regions into receive.directory",
+        ))?;
         let hidden = accepted.hidden.get_or_insert(hidden);
         let moves = hidden.iter().map(Hidden::its_move).collect();
         self.confirm().await?;
@@ -116,7 +109,13 @@ impl Attempt {
     /// The one step after which the Regions are ours. There is no way back behind the record.
     pub(super) async fn commit(&mut self, ready: Ready) -> Result<(), AttemptError> {
         let accepted = accepted(&mut self.accepted);
-        match hear(&mut self.talk, &mut accepted.back, &accepted.entry).await? {
+        let heard = tokio::select! {
+            message = hear(&mut self.talk, &mut accepted.back, &accepted.entry) => message?,
+            (stream, error) = broken_rule(&mut accepted.readers) => {
+                return Err(failure(stream, Err(error), &mut self.talk).await);
+            }
+        };
+        match heard {
             FromSender::Commit { nonce } if nonce == self.nonce => {}
             other => return Err(unexpected(Ok(other))),
         }
@@ -162,6 +161,41 @@ impl Attempt {
         if let Some(blob) = blob {
             self.blob_bytes = Some(blob.account().bytes);
             state.blobs.add(self.id.clone(), blob);
+        }
+    }
+}
+
+/// Most files that are named on the control plane's own thread: one takes some 30 us.
+const QUICK_FILES: usize = 16;
+
+/// Whether naming them takes so little time that handing it to another thread, and waiting for that one
+/// to wake up, would take longer. On a disk the Regions are written out first.
+fn is_quick(places: &[Place]) -> bool {
+    let on_disk = |place: &Place| place.file().is_some_and(|file| file.is_on_disk());
+    places.len() <= QUICK_FILES && !places.iter().any(on_disk)
+}
+
+/// Gives every file a hidden name, unless they are `named` already. Blocks, for long on a disk.
+fn hide(places: &[Place], named: bool, nonce: Hex128) -> io::Result<Vec<Hidden>> {
+    let files = places.iter().enumerate();
+    let files = files.filter_map(|(index, place)| Some((index, place.file()?)));
+    let mut hidden = Vec::new();
+    for (index, file) in files {
+        file.sync()?;
+        if !named {
+            hidden.push(file.hide(nonce, index)?);
+        }
+    }
+    Ok(hidden)
+}
+
+/// Waits for a stream on which its sender does what it must not do any more. A connection that ends is
+/// no news here: everything has arrived.
+async fn broken_rule(readers: &mut Readers) -> (u16, StreamError) {
+    loop {
+        match readers.hear().await {
+            (_, Ok(()) | Err(StreamError::Lost { .. })) => {}
+            (stream, Err(error)) => return (stream, error),
         }
     }
 }
