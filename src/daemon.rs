@@ -2,8 +2,10 @@
 
 use std::io;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
+use tokio::runtime::{Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -53,13 +55,29 @@ pub fn start_log(path: &Path, config: &LogConfig, warnings: &[Warning]) -> Resul
 pub fn block_on<T>(future: impl Future<Output = Result<T, DaemonError>>) -> Result<T, DaemonError> {
     // Clients wait for it, and a writer that stands still; streams, which run for long, leave it again.
     let _ = set_slice(Slice::Short);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    let runtime = runtime.map_err(DaemonError::setup("start the event loop"))?;
+    let runtime = event_loop().map_err(DaemonError::setup("start the event loop"))?;
     let ended = runtime.block_on(future);
     runtime.shutdown_timeout(STOP_WAIT);
     ended
+}
+
+/// Starts a second event loop, on a thread of that name, which ends when `until` is cancelled. What is spawned
+/// there does not wait for what the first one does.
+pub fn start_event_loop(name: &str, until: CancellationToken) -> io::Result<Handle> {
+    let runtime = event_loop()?;
+    let handle = runtime.handle().clone();
+    let run = move || {
+        let _ = set_slice(Slice::Short);
+        runtime.block_on(until.cancelled());
+        runtime.shutdown_timeout(STOP_WAIT);
+    };
+    thread::Builder::new().name(name.to_owned()).spawn(run)?;
+    Ok(handle)
+}
+
+fn event_loop() -> io::Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().build()
 }
 
 /// Drops `what` on a thread where that may take a while, and waits for it: giving memory back takes tens

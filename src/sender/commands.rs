@@ -227,9 +227,10 @@ impl SenderCommands {
         }
         self.sender.add_attempt(&attempt);
         let shown = json!({"id": attempt.id});
+        let transfer = Arc::clone(&self.sender).carry_out(attempt, claim, order);
         self.sender
             .transfers
-            .spawn(Arc::clone(&self.sender).carry_out(attempt, claim, order));
+            .spawn_on(transfer, &self.sender.event_loop);
         Ok(shown)
     }
 

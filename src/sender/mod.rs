@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -63,6 +64,8 @@ struct Sender {
     history: Arc<History>,
     state: Mutex<State>,
     transfers: TaskTracker,
+    /// Where they run: a writer that stands still does not wait until clients have their answers.
+    event_loop: Handle,
     shutdown: CancellationToken,
 }
 
@@ -166,7 +169,7 @@ impl Sender {
             attempt.begin_commit();
             self.add_attempt(&attempt);
             let sender = Arc::clone(self);
-            self.transfers.spawn(async move {
+            let settle = async move {
                 let owner = resolve::resolve(&attempt, &record, &sender.shutdown).await;
                 if owner == Some(Owner::Destination) {
                     let mut state = sender.lock();
@@ -175,7 +178,8 @@ impl Sender {
                 if owner.is_some() {
                     sender.forget(&record);
                 }
-            });
+            };
+            self.transfers.spawn_on(settle, &self.event_loop);
         }
         Ok(())
     }
@@ -231,7 +235,7 @@ pub fn run(path: &Path) -> Result<(), DaemonError> {
 }
 
 async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
-    let shutdown = CancellationToken::new();
+    let (shutdown, transfers_ended) = (CancellationToken::new(), CancellationToken::new());
     let runtime = &config.state.runtime_directory;
     let failed = DaemonError::setup(format!(
         "keep records in state.runtime-directory {}",
@@ -264,6 +268,8 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
         history: Arc::new(History::open(&config.state.directory, "sender")),
         state: Mutex::new(state),
         transfers: TaskTracker::new(),
+        event_loop: daemon::start_event_loop("mf-transfers", transfers_ended.clone())
+            .map_err(DaemonError::setup("start the event loop of transfers"))?,
         shutdown: shutdown.clone(),
     });
     sender.take_up_given_up(given_up);
@@ -300,6 +306,7 @@ async fn serve(config: SenderConfig) -> Result<(), DaemonError> {
     }
     notifier.stopping("Stopping");
     sender.stop().await;
+    transfers_ended.cancel();
     sender.events.publish("SHUTDOWN", json!({}));
     let _ = control.await;
     Ok(())
