@@ -61,20 +61,28 @@ impl Exact {
     }
 
     /// Adds to `owed` what was written since the last time, and gives how many pages that were.
-    fn harvest(&mut self, region: &Region, owed: &mut PageSet) -> Result<u64, TrackerError> {
+    fn harvest(&mut self, owed: &mut PageSet) -> Result<u64, TrackerError> {
         match self {
             Self::Pagemap(pagemap, allocated) => {
                 let pages = pagemap.take(owed)?;
-                // Behind the scan, so that it also covers what was unmapped while it ran. The list of
-                // mappings tells in microseconds what the page tables tell in milliseconds per GiB.
-                if pagemap.check_memory(region.file().as_fd())? == Memory::NotVisible {
-                    pagemap.check_coverage()?;
-                }
                 // What was written is allocated; and so is what arrived torn.
                 allocated.union(owed);
                 Ok(pages)
             }
             Self::Bitmap(bitmap) => Ok(bitmap.harvest(owed)),
+        }
+    }
+
+    /// That nothing was written past it up to the last harvest: behind that, so that it also covers what was
+    /// unmapped while that ran.
+    fn check_sight(&self, region: &Region) -> Result<(), TrackerError> {
+        let Self::Pagemap(pagemap, _) = self else {
+            return Ok(());
+        };
+        // The list of mappings tells in microseconds what the page tables tell in milliseconds per GiB.
+        match pagemap.check_memory(region.file().as_fd())? {
+            Memory::Confirmed => Ok(()),
+            Memory::NotVisible => pagemap.check_coverage(),
         }
     }
 
@@ -186,10 +194,16 @@ impl Tracker {
     }
 
     /// Adds to `owed` what was written since the last time, and gives how many pages that were. What
-    /// is found by reading is not known before it is read.
-    pub fn harvest(&self, region: &Region, owed: &mut PageSet) -> Result<u64, TrackerError> {
+    /// is found by reading is not known before it is read. It is all there is once [`Self::check_sight`]
+    /// has said so, too.
+    pub fn harvest(&self, owed: &mut PageSet) -> Result<u64, TrackerError> {
+        self.lease().map_or(Ok(0), |mut exact| exact.harvest(owed))
+    }
+
+    /// That the tracker saw everything up to the last harvest.
+    pub fn check_sight(&self, region: &Region) -> Result<(), TrackerError> {
         self.lease()
-            .map_or(Ok(0), |mut exact| exact.harvest(region, owed))
+            .map_or(Ok(()), |exact| exact.check_sight(region))
     }
 
     /// The writer stands still: adds to `owed` what the tracker is blind to and what can be seen now,
@@ -435,7 +449,7 @@ mod tests {
         tracker.begin(&region).unwrap();
         let mut owed = PageSet::empty(100);
         mapping.span_mut(0, 1).unwrap().fill_from(&[7]);
-        assert_eq!(tracker.harvest(&region, &mut owed).unwrap(), 1);
+        assert_eq!(tracker.harvest(&mut owed).unwrap(), 1);
         tracker.look_again(&region, &mut owed).unwrap();
         assert_eq!(
             owed.runs()
@@ -448,7 +462,7 @@ mod tests {
         let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&file, punch, 12 * 4096, 3 * 4096).unwrap();
         let mut owed = PageSet::empty(100);
-        tracker.harvest(&region, &mut owed).unwrap();
+        tracker.harvest(&mut owed).unwrap();
         tracker.look_again(&region, &mut owed).unwrap();
         assert_eq!(
             owed.runs()
@@ -471,13 +485,13 @@ mod tests {
 
         let first = Tracker::exact(Arc::clone(&exact));
         first.begin(&region).unwrap();
-        assert_eq!(first.harvest(&region, &mut PageSet::empty(10)).unwrap(), 1);
+        assert_eq!(first.harvest(&mut PageSet::empty(10)).unwrap(), 1);
         first.restore();
         let next = Tracker::exact(exact);
         next.begin(&region).unwrap();
-        assert_eq!(first.harvest(&region, &mut PageSet::empty(10)).unwrap(), 0);
+        assert_eq!(first.harvest(&mut PageSet::empty(10)).unwrap(), 0);
         let mut owed = PageSet::empty(10);
-        assert_eq!(next.harvest(&region, &mut owed).unwrap(), 1);
+        assert_eq!(next.harvest(&mut owed).unwrap(), 1);
         assert!(owed.contains(2));
     }
 }

@@ -1,21 +1,28 @@
 //! Stopping a process by SIGSTOP, through a descriptor of it.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::{FreezeError, Stopped};
 use crate::sys::process::PidFd;
 
-/// First and longest pause between two looks at a process that is being stopped.
-const LOOK_PAUSES: (Duration, Duration) = (Duration::from_micros(20), Duration::from_millis(2));
+/// How long a process that is being stopped is looked at again and again: it is in user space as a rule, and
+/// stops within some 50 us, and a sleep costs as much again.
+const LOOK_AWAKE: Duration = Duration::from_micros(300);
+
+/// First and longest pause between two looks after that.
+const LOOK_PAUSES: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(2));
 
 /// A process that writes, held by a descriptor so that its number cannot come to mean another one.
 #[derive(Debug)]
 pub struct Process {
     pid: i32,
     pidfd: PidFd,
+    /// When it started, in clock ticks since boot.
+    start_time: Option<u64>,
 }
 
 impl Process {
@@ -23,8 +30,14 @@ impl Process {
     pub fn open(pid: i32) -> Result<Self, FreezeError> {
         let refused = |source| FreezeError::Process { pid, source };
         let pidfd = PidFd::open(pid).map_err(refused)?;
+        let start_time = start_time(pid);
+        // Asked last: if the process lives, the time was its own.
         pidfd.signal(0).map_err(refused)?;
-        Ok(Self { pid, pidfd })
+        Ok(Self {
+            pid,
+            pidfd,
+            start_time,
+        })
     }
 
     /// Its number.
@@ -62,13 +75,12 @@ impl Process {
         let mut running = None;
         for entry in threads {
             let entry = entry.map_err(unseen)?;
-            let stat = match fs::read_to_string(entry.path().join("stat")) {
-                Ok(stat) => stat,
+            let state = match state(&entry.path()) {
+                Ok(state) => state,
                 // A thread that has just ended runs no more.
                 Err(error) if has_gone(&error) => continue,
                 Err(error) => return Err(unseen(error)),
             };
-            let state = thread_state(&stat);
             // A thread that has ended (Z, X) writes nothing any more; the others must be stopped.
             if !matches!(state, Some('T' | 'Z' | 'X')) {
                 let thread = entry
@@ -86,9 +98,16 @@ impl Process {
         Ok(running)
     }
 
+    /// Whether its first thread runs, as far as one look tells: a signal stops all threads or none. Where it
+    /// does not tell, all of them have to be looked at.
+    fn first_thread_runs(&self) -> bool {
+        let state = state(Path::new(&format!("/proc/{}", self.pid)));
+        !matches!(state, Ok(Some('T' | 'Z' | 'X')) | Err(_))
+    }
+
     /// Stops it; says whether it ran before.
     pub(super) fn stop(&self, timeout: Duration) -> Result<bool, FreezeError> {
-        if self.running_thread()?.is_none() {
+        if !self.first_thread_runs() && self.running_thread()?.is_none() {
             return Ok(false);
         }
         self.signal(libc::SIGSTOP)?;
@@ -102,7 +121,14 @@ impl Process {
     fn wait_until_stopped(&self, timeout: Duration) -> Result<(), FreezeError> {
         let started = Instant::now();
         let mut pause = LOOK_PAUSES.0;
-        while let Some((thread, state)) = self.running_thread()? {
+        loop {
+            while self.first_thread_runs() && started.elapsed() < LOOK_AWAKE {
+                // Where it shares our CPU it needs it to stop.
+                thread::yield_now();
+            }
+            let Some((thread, state)) = self.running_thread()? else {
+                return Ok(());
+            };
             if started.elapsed() >= timeout {
                 let seconds = timeout.as_secs_f32();
                 return Err(FreezeError::TimedOut {
@@ -115,7 +141,6 @@ impl Process {
             thread::sleep(pause);
             pause = (pause * 2).min(LOOK_PAUSES.1);
         }
-        Ok(())
     }
 
     /// That it still stands still.
@@ -141,7 +166,7 @@ impl Process {
     pub(super) fn record(&self) -> Stopped {
         Stopped::Pid {
             pid: self.pid,
-            start_time: start_time(self.pid),
+            start_time: self.start_time,
         }
     }
 }
@@ -149,6 +174,14 @@ impl Process {
 /// Whether a file under /proc is not there because what it tells of has ended.
 fn has_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}
+
+/// The state letter of the process or thread with this directory. One read is enough, a line has some 350
+/// bytes, and a writer stands still meanwhile.
+fn state(directory: &Path) -> io::Result<Option<char>> {
+    let mut line = [0; 1024];
+    let read = File::open(directory.join("stat"))?.read(&mut line)?;
+    Ok(thread_state(&String::from_utf8_lossy(&line[..read])))
 }
 
 /// The state letter of a `/proc/…/stat` line: the name before it may contain anything, even `)`.

@@ -20,6 +20,13 @@ use super::error::TransferError;
 /// A Region and how its writes are found.
 pub(super) type Source = (Arc<Region>, Tracker);
 
+/// How many pages were written, as far as trackers know.
+pub(super) type Looked = Result<u64, TrackerError>;
+
+/// What a tracker is asked about its Region, whose debt may grow by it.
+trait Ask: Fn(&Region, &Tracker, &mut PageSet) -> Looked + Send + 'static {}
+impl<A: Fn(&Region, &Tracker, &mut PageSet) -> Looked + Send + 'static> Ask for A {}
+
 /// The debt of one attempt, Region by Region.
 #[derive(Debug)]
 pub(super) struct Debt {
@@ -72,34 +79,45 @@ impl Debt {
 
     /// Adds what was written since the last time; gives how many pages that were.
     pub(super) async fn harvest(&self) -> Result<u64, TransferError> {
-        self.ask(|region, tracker, owed| tracker.harvest(region, owed))
+        self.on_a_thread(|region, tracker, owed| {
+            let pages = tracker.harvest(owed)?;
+            tracker.check_sight(region)?;
+            Ok(pages)
+        })
+        .await
+    }
+
+    /// The same for writers that stand still, and what trackers are blind to and can be seen now; but not yet
+    /// that they saw everything, which [`Self::check_sight`] says while the rest is sent. Blocks.
+    pub(super) fn harvest_frozen(&self) -> impl FnOnce() -> Looked + Send + use<> {
+        self.look(|region, tracker, owed| {
+            let pages = tracker.harvest(owed)?;
+            tracker.look_again(region, owed)?;
+            Ok(pages)
+        })
+    }
+
+    /// That the trackers saw everything up to the last harvest.
+    pub(super) async fn check_sight(&self) -> Result<u64, TransferError> {
+        self.on_a_thread(|region, tracker, _| tracker.check_sight(region).map(|()| 0))
             .await
     }
 
-    /// The same for writers that stand still; and what trackers are blind to and can be seen now.
-    pub(super) async fn harvest_frozen(&self) -> Result<u64, TransferError> {
-        let ask = |region: &Region, tracker: &Tracker, owed: &mut PageSet| {
-            let pages = tracker.harvest(region, owed)?;
-            tracker.look_again(region, owed)?;
-            Ok(pages)
-        };
-        self.ask(ask).await
+    async fn on_a_thread(&self, ask: impl Ask) -> Result<u64, TransferError> {
+        let asked = spawn_blocking(self.look(ask)).await;
+        Ok(asked.map_err(|error| TransferError::local("ask the trackers")(error.into()))??)
     }
 
-    async fn ask(
-        &self,
-        ask: impl Fn(&Region, &Tracker, &mut PageSet) -> Result<u64, TrackerError> + Send + 'static,
-    ) -> Result<u64, TransferError> {
+    /// Asks about every Region; gives the sum.
+    fn look<A: Ask>(&self, ask: A) -> impl FnOnce() -> Looked + Send + use<A> {
         let (sources, owed) = (Arc::clone(&self.sources), Arc::clone(&self.owed));
-        let all = move || {
+        move || {
             let mut pages = 0;
             for (index, (region, tracker)) in (0..).zip(&*sources) {
                 pages += ask(region, tracker, &mut owed.of(index))?;
             }
-            Ok::<_, TrackerError>(pages)
-        };
-        let asked = spawn_blocking(all).await;
-        Ok(asked.map_err(|error| TransferError::local("ask the trackers")(error.into()))??)
+            Ok(pages)
+        }
     }
 
     /// What an Iteration has to look at to pay the debt. `first`: no Iteration has carried all yet.

@@ -13,8 +13,12 @@ use crate::guardian::{Asked, Guardian};
 use crate::wire::Hex128;
 
 use super::clients::Said;
+use super::debt::Looked;
 use super::error::TransferError;
 use super::status::{Attempt, Status};
+
+/// What was frozen, since when, and what was seen at once.
+type Found = (Frozen, Instant, Looked);
 
 /// What is frozen, or just being frozen.
 #[derive(Debug)]
@@ -24,7 +28,7 @@ pub(super) struct Standstill {
     guardian: Arc<Mutex<Guardian>>,
     /// Whether clients were asked to stop, and have not been told to go on.
     asked: bool,
-    freezing: Option<JoinHandle<Result<Frozen, FreezeError>>>,
+    freezing: Option<JoinHandle<Result<Found, FreezeError>>>,
     thawing: Option<JoinHandle<()>>,
     frozen: Frozen,
     /// The writers were seen to stand still, and not let go since.
@@ -62,12 +66,15 @@ impl Standstill {
         self.guardian.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Stops the writers, and waits until they are seen to stand still.
+    /// Stops the writers, waits until they are seen to stand still, and looks what they have written: on
+    /// the same thread, for every hand-over to another one costs as much as a freeze. Gives how long the
+    /// freeze took, and what was seen.
     pub(super) async fn freeze(
         &mut self,
         freezers: Vec<Freezer>,
         limit: Duration,
-    ) -> Result<(), TransferError> {
+        look: impl FnOnce() -> Looked + Send + 'static,
+    ) -> Result<(Duration, u64), TransferError> {
         let attempt = Arc::clone(&self.attempt);
         let asked = Asked {
             id: attempt.id.clone(),
@@ -79,24 +86,26 @@ impl Standstill {
             .map_err(TransferError::local("note what is to be frozen"))?;
         self.since = Instant::now();
         self.asked = !attempt.clients.is_empty();
-        attempt.clients.forget();
-        attempt.enter(match self.asked {
-            true => Status::PreSwitchover,
-            false => Status::Device,
-        });
-        // Kept, so that a cancel that comes just now waits for the end of it and thaws.
-        let freezing = spawn_blocking(move || Frozen::freeze(&freezers, limit));
-        self.freezing = Some(freezing);
-        self.all_say(Said::StandsStill, limit).await?;
-        if let Some(freezing) = &mut self.freezing {
-            let frozen = freezing.await;
-            self.freezing = None;
-            self.frozen =
-                frozen.map_err(|error| TransferError::local("freeze")(error.into()))??;
+        if self.asked {
+            attempt.clients.forget();
+            attempt.enter(Status::PreSwitchover);
+            self.all_say(Said::StandsStill, limit).await?;
         }
+        attempt.hush();
+        let freeze = move || {
+            let frozen = Frozen::freeze(&freezers, limit)?;
+            Ok((frozen, Instant::now(), look()))
+        };
+        // Kept, so that a cancel that comes just now waits for the end of it and thaws.
+        let freezing = self.freezing.insert(spawn_blocking(freeze));
+        let found = freezing.await;
+        self.freezing = None;
+        let (frozen, at, seen) =
+            found.map_err(|error| TransferError::local("freeze")(error.into()))??;
+        self.frozen = frozen;
         self.stands = true;
         attempt.enter(Status::Device);
-        Ok(())
+        Ok((at - self.since, seen?))
     }
 
     /// Waits until every writer that stops itself has said so much.
@@ -135,16 +144,22 @@ impl Standstill {
         self.frozen.record()
     }
 
-    /// The commit is recorded: from here on nobody thaws before the receiver has spoken.
+    /// The commit is recorded: from here on nobody thaws before the receiver has spoken. What the guardian
+    /// has noted means nothing any more, and can be forgotten when there is time.
     pub(super) fn keep(&mut self) {
         std::mem::take(&mut self.frozen).keep();
         self.asked = false;
+    }
+
+    /// Forgets what the guardian has noted.
+    pub(super) fn forget(&self) {
         self.guardian().forget(self.nonce);
     }
 
     /// Lets the writers go on.
     pub(super) async fn thaw(&mut self) {
         self.stands = false;
+        self.attempt.speak_up();
         self.release_clients();
         let frozen = std::mem::take(&mut self.frozen);
         // It may have to wait for a command; kept, so that a cancel that comes just now waits for it too.
@@ -156,7 +171,7 @@ impl Standstill {
         if let Some(freezing) = self.freezing.take() {
             drop(freezing.await);
         }
-        self.guardian().forget(self.nonce);
+        self.forget();
     }
 
     fn release_clients(&mut self) {

@@ -298,7 +298,7 @@ impl<'a> Attempt<'a> {
         assert_eq!(self.owed.count(), 0, "nothing is torn while nothing writes");
         let changed = self.pass(Pass::Check)?.iter().map(|r| r.pages).sum::<u64>();
         assert_eq!(changed, 0, "nothing changes while nothing writes");
-        let verdict = self.assembly.verdict(&self.totals);
+        let verdict = self.assembly.close(&self.totals);
         assert_eq!(verdict, Ok(()));
         Ok(())
     }
@@ -353,7 +353,8 @@ impl<'a> Attempt<'a> {
 
     fn harvest(&mut self) {
         for (index, (region, tracker)) in (0..).zip(&*self.sources) {
-            tracker.harvest(region, &mut self.owed.of(index)).unwrap();
+            tracker.harvest(&mut self.owed.of(index)).unwrap();
+            tracker.check_sight(region).unwrap();
         }
     }
 

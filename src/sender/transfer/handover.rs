@@ -17,7 +17,7 @@ use super::blob::Blob;
 use super::{Outcome, Transfer, Writer, under_way, unexpected};
 
 impl Transfer {
-    /// Stops the writers, and waits until they are seen to stand still.
+    /// Stops the writers, waits until they are seen to stand still, and asks the trackers.
     pub(super) async fn freeze(&mut self) -> Result<(), TransferError> {
         let freezers: Vec<Freezer> = self
             .order
@@ -25,10 +25,12 @@ impl Transfer {
             .iter()
             .map(|registered| registered.freezer.clone())
             .collect();
-        self.standstill
-            .freeze(freezers, self.parameters.freeze_timeout)
-            .await?;
-        self.downtime.freeze = self.standstill.elapsed();
+        let look = self.debt.harvest_frozen();
+        let frozen = self
+            .standstill
+            .freeze(freezers, self.parameters.freeze_timeout, look);
+        (self.downtime.freeze, _) = frozen.await?;
+        self.asked_last = true;
         Ok(())
     }
 
@@ -107,11 +109,18 @@ impl Transfer {
         .await?;
         // Heartbeats are no progress, and the writer stands still meanwhile.
         let patience = self.parameters.stall_timeout;
-        // While the receiver makes itself ready, every tracker is asked once more; and writers that stopped
-        // themselves promise to stay so, which from the commit on only the receiver's word may change.
+        // While the receiver makes itself ready, every tracker is asked once more, unless there was no
+        // Iteration since, and whether it saw everything; and writers that stopped themselves promise to
+        // stay so, which from the commit on only the receiver's word may change.
+        let ask = async {
+            match self.asked_last {
+                true => self.debt.check_sight().await,
+                false => self.debt.harvest().await,
+            }
+        };
         let (answer, written, promised) = tokio::join!(
             timeout(patience, talk.hear()),
-            self.debt.harvest(),
+            ask,
             self.standstill
                 .all_say(Said::HandsOver, self.parameters.freeze_timeout),
         );
@@ -168,6 +177,8 @@ impl Transfer {
         };
         let answer = answer.await;
         let now = Instant::now();
+        self.standstill.forget();
+        self.attempt.speak_up();
         // Everything that was lent was released before the last mark was acknowledged.
         let _ = self.crew.finish().await;
         match answer {

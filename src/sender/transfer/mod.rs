@@ -97,6 +97,8 @@ pub(super) struct Transfer {
     time_before: Duration,
     /// When trackers that know by themselves were asked the last time.
     asked: Instant,
+    /// They were asked while the writers stood still, and nothing was sent since.
+    asked_last: bool,
     /// How long an answer of the receiver takes.
     round_trip: Duration,
     totals: Vec<StreamTotals>,
@@ -165,6 +167,7 @@ impl Transfer {
             rates: Rates::default(),
             time_before: Duration::ZERO,
             asked: Instant::now(),
+            asked_last: false,
             round_trip: Duration::ZERO,
             totals: vec![StreamTotals::default(); parameters.streams.into()],
             reached: order.endpoint.clone(),
@@ -238,7 +241,6 @@ impl Transfer {
             }
             self.at_full_speed();
             self.freeze().await?;
-            self.debt.harvest_frozen().await?;
         }
         self.settle().await?;
         self.check_frozen().await?;

@@ -102,6 +102,7 @@ impl Transfer {
             self.remaining_before = self.remaining_bytes()?;
         }
         self.iteration += 1;
+        self.asked_last = false;
         let started = Instant::now();
         let plan = self
             .debt

@@ -93,7 +93,7 @@ impl Transfer {
             .crew
             .successor()
             .map_err(TransferError::local("make an eventfd"))?;
-        self.caught_up = false;
+        (self.caught_up, self.asked_last) = (false, false);
 
         let mut pause = Duration::ZERO;
         let mut why = None;
