@@ -1,0 +1,146 @@
+//! When the daemons know that something is wrong, and what it costs them until then.
+
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use super::super::common::{DEADLINE, Stage, listing};
+use super::super::observe::cpu;
+use super::{ID, Scene, is_final};
+
+/// A dead peer is noticed within this.
+pub(super) const DEAD_NOTICED: Duration = Duration::from_secs(1);
+
+/// Added to bounds on time, for a machine that does a lot besides.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// When in a stall its cost is measured: begin and length, well within [`STALL`].
+const STALL_WINDOW: (Duration, Duration) =
+    (Duration::from_millis(150), Duration::from_millis(1200));
+
+/// Most of a CPU that a stalled daemon may take.
+const STALL_CPU_MAX: f64 = 0.01;
+
+impl Scene {
+    /// What a stall costs the daemons (0 the sender, 1 the receiver). Asks them nothing meanwhile.
+    pub(super) fn watch_stall(&mut self, daemons: &[usize]) {
+        if !daemons.contains(&0) || self.status().is_some_and(|status| is_final(&status)) {
+            // The sender does not answer, or there is nothing that could stall.
+            if !daemons.contains(&1) {
+                return;
+            }
+        }
+        let pids = [self.sender.pid(), self.receiver.pid()];
+        thread::sleep(STALL_WINDOW.0);
+        let before: Vec<_> = daemons.iter().map(|&daemon| cpu(pids[daemon])).collect();
+        let started = Instant::now();
+        thread::sleep(STALL_WINDOW.1);
+        let time = started.elapsed();
+        for (&daemon, before) in daemons.iter().zip(before) {
+            let took = cpu(pids[daemon]).saturating_sub(before);
+            let share = took.as_secs_f64() / time.as_secs_f64();
+            assert!(
+                share <= STALL_CPU_MAX,
+                "{} took {:.1} % of a CPU while nothing moved",
+                ["the sender", "the receiver"][daemon],
+                share * 100.0
+            );
+            let most = self.measured.stall_cpu.get_or_insert(0.0);
+            *most = most.max(share);
+        }
+    }
+
+    /// Waits until the sender knows that something is wrong, or is done.
+    pub(super) fn noticed(&mut self) {
+        self.watch(|status| {
+            is_final(status) || ["paused", "recover", "indeterminate"].contains(&status)
+        });
+    }
+
+    /// Waits for a state of the transfer; asks only when the sender announces something.
+    pub(super) fn watch(&mut self, wanted: impl Fn(&str) -> bool) -> Value {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let seen = self.sender.call("query-migrate", json!({"id": ID}));
+            let status = seen["status"].as_str().unwrap();
+            self.indeterminate |= status == "indeterminate";
+            if wanted(status) {
+                // What it announced before may still be unread.
+                while self.hear(Duration::ZERO) {}
+                return seen;
+            }
+            assert!(Instant::now() < deadline, "{seen:#}");
+            self.hear(Duration::from_secs(5));
+        }
+    }
+
+    /// Takes in the sender's next event; `false`: there was none.
+    pub(super) fn hear(&mut self, timeout: Duration) -> bool {
+        let event = self.sender.control().next_event(timeout).unwrap();
+        if let Some(event) = &event {
+            self.indeterminate |= event.data["status"] == "indeterminate";
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            self.clock_jumped |= event.at > now + GRACE;
+        }
+        event.is_some()
+    }
+
+    /// Waits until the receiver has ended the attempt, or has paused it.
+    pub(super) fn receiver_noticed(&mut self) -> String {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let seen = self
+                .receiver
+                .control()
+                .execute("query-migrate", json!({"id": ID}));
+            // A receiver that was started again knows nothing of it.
+            let Ok(seen) = seen else {
+                return "unknown".to_owned();
+            };
+            let status = seen["status"].as_str().unwrap();
+            if !["setup", "active", "completing"].contains(&status) {
+                return status.to_owned();
+            }
+            assert!(Instant::now() < deadline, "{seen:#}");
+            self.receiver
+                .control()
+                .next_event(Duration::from_millis(20))
+                .unwrap();
+        }
+    }
+
+    /// After the sender's death: the writer goes on unless somebody else may own the memory, the receiver
+    /// notices, and a new sender takes up what is undecided.
+    pub(super) fn bury_sender(&mut self, struck: Instant) {
+        let undecided = records(&self.stage) > 0;
+        let moved = self.is_visible();
+        if let Some(writer) = self.writer.as_ref().filter(|_| !undecided && !moved) {
+            writer.assert_runs();
+            self.measured.thawed = Some(within(struck, Duration::from_secs(1)));
+        }
+        self.receiver_noticed();
+        self.measured.dead_noticed = Some(within(struck, DEAD_NOTICED));
+        assert_eq!(
+            self.writer_stands_still(),
+            self.writer.is_some() && (undecided || moved)
+        );
+        self.restarted[0] = true;
+        // A new sender may have its answer before anybody can ask it.
+        self.indeterminate |= undecided;
+        self.sender = self.places.sender(&self.stage, &self.setup.faults);
+    }
+}
+
+/// The time since `struck`, which must not be above `most` by more than a busy machine explains.
+pub(super) fn within(struck: Instant, most: Duration) -> Duration {
+    let took = struck.elapsed();
+    assert!(took <= most + GRACE, "noticed after {took:?}, not {most:?}");
+    took
+}
+
+/// Records of a commit that is not decided.
+fn records(stage: &Stage) -> usize {
+    let names = listing(&stage.path("sender.run"));
+    names.iter().filter(|name| name.ends_with(".json")).count()
+}
