@@ -124,6 +124,8 @@ struct State {
     connections: u64,
     /// Bytes passed on to the receiver.
     forwarded: u64,
+    /// When connections were seen to end, and whose end that was.
+    hung_up: Vec<(Side, Instant)>,
     over: bool,
 }
 
@@ -180,6 +182,7 @@ impl Relay {
                 links: Vec::new(),
                 connections: 0,
                 forwarded: 0,
+                hung_up: Vec::new(),
                 over: false,
             }),
             changed: Condvar::new(),
@@ -280,6 +283,14 @@ impl Relay {
     /// Bytes passed on to the receiver so far.
     pub(crate) fn forwarded(&self) -> u64 {
         self.shared.lock().forwarded
+    }
+
+    /// When the first connection ended, since then, at its end on this side.
+    pub(crate) fn hung_up_since(&self, side: Side, since: Instant) -> Option<Instant> {
+        let state = self.shared.lock();
+        let mut ends = state.hung_up.iter();
+        ends.find(|(of, at)| *of == side && *at >= since)
+            .map(|(_, at)| *at)
     }
 
     /// Resets connections in both directions. What is held or queued on them is lost.
@@ -416,6 +427,9 @@ fn pump(shared: &Shared, link: &Link, from: Side) {
     };
     loop {
         let read = wire.next();
+        if !matches!(read, Ok(Some(_))) {
+            shared.lock().hung_up.push((from, Instant::now()));
+        }
         let passed = match &read {
             Ok(Some(frame)) => {
                 let passed = pass(shared.judge(frame), frame, &mut wire.bytes, writer);

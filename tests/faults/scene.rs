@@ -5,6 +5,7 @@ mod conclude;
 mod notice;
 mod places;
 mod strike;
+mod writer;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -13,14 +14,15 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::common::memory::{MIB, PAGE, dense};
+use super::common::memory::dense;
 use super::common::relay::{Act, Frame, Kind, Relay};
-use super::common::{DEADLINE, Daemon, Stage, Writer, memferry};
+use super::common::{DEADLINE, Daemon, Stage, memferry};
 use super::lab::Elsewhere;
 use super::matrix::{Fault, PACKET_BYTES, Tracking};
 use super::observe::{Footprint, cpu};
 
 use places::Places;
+use writer::Live;
 
 /// The transfers' stall timeout: what a hang may take to be noticed.
 pub(crate) const STALL: Duration = Duration::from_secs(2);
@@ -43,6 +45,9 @@ pub(crate) struct Setup {
 /// What was measured on the way.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Measured {
+    /// How long the kernel took to end a connection of a killed process.
+    pub(crate) dead_ended: Option<Duration>,
+    /// How long it took from there until the other side knew.
     pub(crate) dead_noticed: Option<Duration>,
     pub(crate) hang_noticed: Option<Duration>,
     pub(crate) thawed: Option<Duration>,
@@ -58,7 +63,7 @@ pub(crate) struct Scene {
     relay: Relay,
     sender: Daemon,
     receiver: Daemon,
-    writer: Option<Writer>,
+    writer: Option<Live>,
     places: Places,
     setup: Setup,
     source: PathBuf,
@@ -69,6 +74,8 @@ pub(crate) struct Scene {
     writer_killed: bool,
     shrunk: bool,
     indeterminate: bool,
+    /// What the sender announced last of the transfer.
+    announced: String,
     /// The sender was seen to live at another time.
     clock_jumped: bool,
     pub(crate) measured: Measured,
@@ -87,21 +94,11 @@ impl Scene {
         let mut receiver = places.receiver(&stage);
         let mut sender = places.sender(&stage, faults);
         let source = stage.path("source");
-        let (size, rate) = (setup.bytes, "8MiB/s");
-        // Its writer must not touch what may be cut off.
-        let working_set = MIB.min(size / 2 / PAGE * PAGE);
-        let writer = match setup.tracking {
-            Tracking::None => {
-                dense(&source, size, 1);
-                None
-            }
-            Tracking::Scan => Some(Writer::start(&source, size, rate, working_set)),
-            Tracking::Pagemap => {
-                let socket = sender.socket().to_owned();
-                Some(Writer::register(&source, size, rate, working_set, &socket))
-            }
-        };
-        if setup.tracking != Tracking::Pagemap {
+        if setup.tracking == Tracking::None {
+            dense(&source, setup.bytes, 1);
+        }
+        let writer = Live::start(setup.tracking, &source, setup.bytes, &sender, &stage);
+        if matches!(setup.tracking, Tracking::None | Tracking::Scan) {
             add(&mut sender, &source, writer.as_ref());
         }
         let pids = [sender.pid(), receiver.pid()];
@@ -126,6 +123,7 @@ impl Scene {
             writer_killed: false,
             shrunk: false,
             indeterminate: false,
+            announced: String::new(),
             clock_jumped: false,
             measured: Measured::default(),
             stage,
@@ -147,6 +145,8 @@ impl Scene {
         let mut order = self.setup.parameters.clone();
         order["packet-size"] = json!(PACKET_BYTES.to_string());
         order["stall-timeout"] = json!(format!("{}ms", STALL.as_millis()));
+        // Of one that stops itself it is the sign that it hangs.
+        order["freeze-timeout"] = json!(format!("{}ms", STALL.as_millis()));
         order["recover-timeout"] = json!(format!("{}ms", 2 * STALL.as_millis()));
         if !self.setup.faults.contains(&Fault::KillClient) {
             order["uri"] = json!(self.uri());
@@ -200,7 +200,12 @@ impl Scene {
     }
 
     pub(crate) fn writer_stands_still(&self) -> bool {
-        self.writer.as_ref().is_some_and(Writer::is_stopped)
+        self.living_writer().is_some_and(Live::stands_still)
+    }
+
+    /// The writer, unless we have killed it.
+    fn living_writer(&self) -> Option<&Live> {
+        self.writer.as_ref().filter(|_| !self.writer_killed)
     }
 
     fn is_visible(&self) -> bool {
@@ -212,7 +217,7 @@ impl Scene {
     }
 }
 
-fn add(sender: &mut Daemon, source: &Path, writer: Option<&Writer>) {
+fn add(sender: &mut Daemon, source: &Path, writer: Option<&Live>) {
     let mut region = json!({"name": ID, "path": source});
     if let Some(writer) = writer {
         region["tracker"] = json!("scan");

@@ -59,8 +59,8 @@ impl Scene {
 
     /// The destination owns it: all of it is there, and its writer never goes on.
     fn check_arrived(&self) {
-        if let Some(writer) = self.writer.as_ref().filter(|_| !self.writer_killed) {
-            assert!(writer.is_stopped(), "two owners: the writer runs");
+        if let Some(writer) = self.living_writer() {
+            assert!(writer.stands_still(), "two owners: the writer runs");
         }
         let source = fs::read(&self.source).unwrap();
         let mut arrived = fs::read(self.destination()).unwrap();
@@ -76,12 +76,15 @@ impl Scene {
     /// The source owns it: nothing is at the destination, the writer runs, and all of it can be moved again.
     fn check_stayed(&mut self) {
         assert!(!self.is_visible(), "two owners: it is at the destination");
-        if let Some(writer) = self.writer.as_ref().filter(|_| !self.writer_killed) {
+        if let Some(writer) = self.living_writer() {
             writer.assert_runs();
         }
         self.receiver_noticed();
         self.wait_empty();
         if self.restarted[0] || self.writer_killed || self.shrunk {
+            if !self.restarted[0] {
+                self.check_footprint(0);
+            }
             // A sender that was started again has forgotten it.
             let _ = self
                 .sender
@@ -89,6 +92,8 @@ impl Scene {
                 .execute("region-del", json!({"name": ID}));
             let writer = self.writer.as_ref().filter(|_| !self.writer_killed);
             add(&mut self.sender, &self.source, writer);
+            // It may be tracked and stopped in another way than before.
+            self.before[0] = Footprint::of(self.sender.pid());
         }
         self.relay.heal();
         self.setup.bytes = fs::metadata(&self.source).unwrap().len();
@@ -117,6 +122,25 @@ impl Scene {
         }
     }
 
+    /// The daemon holds no more than before, or soon will.
+    fn check_footprint(&self, daemon: usize) {
+        let pid = [self.sender.pid(), self.receiver.pid()][daemon];
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            let now = Footprint::of(pid);
+            if now.is_within(&self.before[daemon]) {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "the {} leaks: {:?}, now {now:?}",
+                ["sender", "receiver"][daemon],
+                self.before[daemon]
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// The daemons serve, hold no more than before, took no more CPU time than their work is worth, and end in
     /// order when they are told to.
     fn check_daemons(&mut self) {
@@ -129,27 +153,19 @@ impl Scene {
             it.assert_alive();
             let pid = it.pid();
             if !self.restarted[daemon] {
-                let deadline = Instant::now() + DEADLINE;
-                loop {
-                    let now = Footprint::of(pid);
-                    if now.is_within(&self.before[daemon]) {
-                        break;
-                    }
-                    assert!(
-                        Instant::now() < deadline,
-                        "the {name} leaks: {:?}, now {now:?}",
-                        self.before[daemon]
-                    );
-                    thread::sleep(Duration::from_millis(20));
-                }
+                self.check_footprint(daemon);
                 let took = cpu(pid).saturating_sub(self.cpu_before[daemon]);
                 assert!(took <= CPU_MAX, "the {name} took {took:?} of CPU time");
             }
+            let it = match daemon {
+                0 => &mut self.sender,
+                _ => &mut self.receiver,
+            };
             it.call("quit", Value::Null);
             it.wait_end();
             assert!(!it.log().contains("panicked"), "the {name} panicked");
         }
-        if let Some(writer) = self.writer.as_ref().filter(|_| !self.writer_killed) {
+        if let Some(writer) = self.living_writer() {
             let state = kill(Pid::from_raw(writer.pid()), None);
             assert_eq!(state, Ok(()), "the writer is dead");
         }

@@ -16,7 +16,13 @@ impl Places {
     pub(super) fn for_faults(faults: &[Fault], stage: &Stage, bytes: u64) -> Self {
         let any = |of: &[Fault]| of.iter().any(|fault| faults.contains(fault));
         Self {
-            elsewhere: any(&[Fault::PartitionShort, Fault::PartitionLong]).then(Elsewhere::new),
+            elsewhere: any(&[
+                Fault::PartitionShort,
+                Fault::PartitionLong,
+                Fault::DropShort,
+                Fault::DropLong,
+            ])
+            .then(Elsewhere::new),
             tmpfs: any(&[Fault::Full]).then(|| Tmpfs::mount(&stage.arrived(), bytes + 4 * MIB)),
             clocks: any(&[Fault::ClockJump]).then(|| {
                 ["sender.clock", "receiver.clock"].map(|name| Clock::new(&stage.path(""), name))

@@ -6,15 +6,15 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use super::super::common::DEADLINE;
-use super::super::common::relay::{Act, Frame, Silence, Which};
+use super::super::common::relay::{Act, Frame, Side, Silence, Which};
 use super::super::lab::{Elsewhere, withdraw_memlock};
 use super::super::matrix::{FLIPS, Fault, Process};
-use super::notice::{DEAD_NOTICED, within};
-use super::{STALL, Scene};
+use super::notice::within;
+use super::writer::Live;
+use super::{STALL, Scene, is_final};
 
 /// How long faults last that nobody is to notice.
 const SHORT: Duration = Duration::from_millis(400);
@@ -38,7 +38,7 @@ impl Scene {
                 self.receiver.kill();
                 self.relay.release(act);
                 self.noticed();
-                self.measured.dead_noticed = Some(within(struck, DEAD_NOTICED));
+                self.dead_noticed(struck, Side::Receiver);
                 self.restarted[1] = true;
                 self.receiver = self.places.receiver(&self.stage);
                 self.relay.retarget(&self.receiver.uri());
@@ -51,20 +51,28 @@ impl Scene {
                 self.signal(process, Signal::SIGSTOP);
                 self.relay.release(act);
                 thread::sleep(SHORT);
-                // A writer that was stopped by somebody else is left as it is: see ContinueWriter.
-                if process != Process::Writer {
+                // A writer that was stopped by somebody else is left as it is: see ContinueWriter. One that stops
+                // itself could not answer.
+                if process != Process::Writer || self.stops_itself() {
                     self.signal(process, Signal::SIGCONT);
                 }
             }
             Fault::Hang(process) => {
+                let mut struck = struck;
                 self.signal(process, Signal::SIGSTOP);
                 self.relay.release(act);
                 match process {
+                    Process::Writer => {
+                        let asks = ["pre-switchover", "completing"];
+                        self.watch(|status| asks.contains(&status) || is_final(status));
+                        struck = Instant::now();
+                        self.noticed();
+                    }
                     Process::Sender => {
                         self.watch_stall(&[1]);
                         self.receiver_noticed();
                     }
-                    _ => {
+                    Process::Receiver => {
                         self.watch_stall(&[0]);
                         self.noticed();
                     }
@@ -87,20 +95,20 @@ impl Scene {
             Fault::PauseShort => self.pause(Silence::Everything, SHORT),
             Fault::PauseLong => self.pause_until_noticed(struck, Silence::Everything),
             Fault::Deaf => self.pause_until_noticed(struck, Silence::TowardsReceiver),
-            Fault::PartitionShort => {
-                self.elsewhere().cut();
+            Fault::PartitionShort | Fault::DropShort => {
+                self.cut(fault);
                 self.relay.release(act);
                 thread::sleep(SHORT);
-                self.elsewhere().heal();
+                self.heal(fault);
             }
-            Fault::PartitionLong => {
-                self.elsewhere().cut();
+            Fault::PartitionLong | Fault::DropLong => {
+                self.cut(fault);
                 let struck = Instant::now();
                 self.relay.release(act);
                 self.watch_stall(&[0, 1]);
                 self.noticed();
                 self.measured.hang_noticed = Some(within(struck, STALL + STALL / 8));
-                self.elsewhere().heal();
+                self.heal(fault);
             }
             Fault::Memlock => withdraw_memlock(self.sender.pid(), 64 << 10),
             Fault::Full => fill(&self.stage.arrived().join("filler")),
@@ -144,6 +152,21 @@ impl Scene {
         elsewhere.expect("the sender is elsewhere")
     }
 
+    /// Packets get lost from now on, in one way or the other.
+    fn cut(&self, fault: Fault) {
+        match fault {
+            Fault::DropShort | Fault::DropLong => self.elsewhere().drop_packets(),
+            _ => self.elsewhere().cut(),
+        }
+    }
+
+    fn heal(&self, fault: Fault) {
+        match fault {
+            Fault::DropShort | Fault::DropLong => self.elsewhere().pass_packets(),
+            _ => self.elsewhere().heal(),
+        }
+    }
+
     fn signal(&self, process: Process, signal: Signal) {
         match process {
             Process::Sender => self.sender.signal(signal),
@@ -154,7 +177,11 @@ impl Scene {
 
     fn signal_writer(&self, signal: Signal) {
         let writer = self.writer.as_ref().expect("the Region is live");
-        kill(Pid::from_raw(writer.pid()), signal).unwrap();
+        writer.signal(signal);
+    }
+
+    pub(super) fn stops_itself(&self) -> bool {
+        self.writer.as_ref().is_some_and(Live::stops_itself)
     }
 
     fn flip_payloads(&self, count: u64) {
