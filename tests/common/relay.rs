@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use memferry::sys::errqueue::disconnect;
 use memferry::wire::{
@@ -125,7 +125,7 @@ struct State {
     /// Bytes passed on to the receiver.
     forwarded: u64,
     /// When connections were seen to end, and whose end that was.
-    hung_up: Vec<(Side, Instant)>,
+    hung_up: Vec<(Side, SystemTime)>,
     over: bool,
 }
 
@@ -286,7 +286,7 @@ impl Relay {
     }
 
     /// When the first connection ended, since then, at its end on this side.
-    pub(crate) fn hung_up_since(&self, side: Side, since: Instant) -> Option<Instant> {
+    pub(crate) fn hung_up_since(&self, side: Side, since: SystemTime) -> Option<SystemTime> {
         let state = self.shared.lock();
         let mut ends = state.hung_up.iter();
         ends.find(|(of, at)| *of == side && *at >= since)
@@ -428,7 +428,7 @@ fn pump(shared: &Shared, link: &Link, from: Side) {
     loop {
         let read = wire.next();
         if !matches!(read, Ok(Some(_))) {
-            shared.lock().hung_up.push((from, Instant::now()));
+            shared.lock().hung_up.push((from, SystemTime::now()));
         }
         let passed = match &read {
             Ok(Some(frame)) => {

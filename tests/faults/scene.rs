@@ -10,7 +10,7 @@ mod writer;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -74,8 +74,8 @@ pub(crate) struct Scene {
     writer_killed: bool,
     shrunk: bool,
     indeterminate: bool,
-    /// What the sender announced last of the transfer.
-    announced: String,
+    /// What the sender and the receiver have announced, and when.
+    announced: [Vec<(String, SystemTime)>; 2],
     /// The sender was seen to live at another time.
     clock_jumped: bool,
     pub(crate) measured: Measured,
@@ -123,7 +123,7 @@ impl Scene {
             writer_killed: false,
             shrunk: false,
             indeterminate: false,
-            announced: String::new(),
+            announced: Default::default(),
             clock_jumped: false,
             measured: Measured::default(),
             stage,

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 
@@ -20,7 +20,7 @@ use super::{STALL, Scene, is_final};
 const SHORT: Duration = Duration::from_millis(400);
 
 /// How far the time of day jumps, in seconds: a year.
-const JUMP: i64 = 365 * 24 * 3600;
+pub(super) const JUMP: i64 = 365 * 24 * 3600;
 
 impl Scene {
     /// Breaks something while `frame` is held, or after the end; lets it go on, and repairs.
@@ -30,17 +30,20 @@ impl Scene {
         let mut act = Act::Pass;
         match fault {
             Fault::Kill(Process::Sender) => {
+                let killed = SystemTime::now();
                 self.sender.kill();
                 self.relay.release(act);
-                self.bury_sender(struck);
+                self.bury_sender(struck, killed);
             }
             Fault::Kill(Process::Receiver) => {
+                let killed = SystemTime::now();
                 self.receiver.kill();
                 self.relay.release(act);
                 self.noticed();
-                self.dead_noticed(struck, Side::Receiver);
+                self.dead_noticed(Side::Receiver, killed);
                 self.restarted[1] = true;
                 self.receiver = self.places.receiver(&self.stage);
+                self.announced[1].clear();
                 self.relay.retarget(&self.receiver.uri());
             }
             Fault::Kill(Process::Writer) => {
