@@ -67,6 +67,8 @@ pub(crate) enum Act {
     Twice,
     /// Its first half arrives, and then the end of the connection.
     Cut,
+    /// It does not arrive, and what is behind it does: as if it had not been sent yet.
+    Swallow,
     /// It arrives late, and what is behind it too.
     Late(Duration),
 }
@@ -478,6 +480,7 @@ fn pass(act: Act, frame: &Frame, bytes: &mut [u8], writer: &TcpStream) -> io::Re
             write_all(writer, bytes)?;
         }
         Act::Cut => write_all(writer, &bytes[..bytes.len() / 2])?,
+        Act::Swallow => {}
     }
     Ok(act != Act::Cut)
 }

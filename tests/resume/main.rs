@@ -222,6 +222,28 @@ fn a_hand_over_is_repeated_whichever_word_of_it_was_lost() {
 }
 
 #[test]
+fn a_receiver_that_is_late_with_its_prepared_is_asked_once_more() {
+    for (times, ends) in [(1, "completed"), (2, "failed")] {
+        let (mut pair, relay, writer) = live(2 * MIB);
+        // Heartbeats get through all the time.
+        relay.damage(Act::Swallow, times, says("prepared"));
+        pair.begin("r", json!({"streams": 2, "stall-timeout": "500ms"}));
+        let seen = pair.sender.wait("r", ends);
+        assert!(relay.is_spent());
+        assert_eq!(seen["recoveries"], 1, "{seen:#}");
+        assert_eq!(code(&seen), "stalled", "{seen:#}");
+        if ends == "completed" {
+            assert_arrived(&mut pair, &writer);
+        } else {
+            assert_eq!(seen["error"]["x-code"], "stalled", "{seen:#}");
+            writer.assert_runs();
+            pair.receiver.wait_arrival("r", "failed");
+            pair.assert_nothing_happened(&[]);
+        }
+    }
+}
+
+#[test]
 fn a_resumption_whose_answer_is_lost_is_asked_for_again() {
     for word in ["resume", "resumed"] {
         let (mut pair, relay, writer) = live(4 * MIB);
