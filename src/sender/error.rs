@@ -130,10 +130,11 @@ impl TransferError {
         move |source| Self::Local { doing, source }
     }
 
-    /// Whether only connections were lost: the attempt can go on over others.
+    /// Whether only connections were lost, or are of no use: the attempt can go on over others.
     pub(super) fn is_interruption(&self) -> bool {
         match self {
-            Self::Interrupted { .. } => true,
+            // One that is late, and may be quicker when it is asked again.
+            Self::Interrupted { .. } | Self::NotPrepared { .. } => true,
             Self::Peer(error) => error.is_loss(),
             Self::Stream(error) => error.is_loss(),
             _ => false,

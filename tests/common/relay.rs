@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use memferry::sys::errqueue::disconnect;
 use memferry::wire::{
@@ -67,6 +67,8 @@ pub(crate) enum Act {
     Twice,
     /// Its first half arrives, and then the end of the connection.
     Cut,
+    /// It does not arrive, and what is behind it does: as if it had not been sent yet.
+    Swallow,
     /// It arrives late, and what is behind it too.
     Late(Duration),
 }
@@ -124,6 +126,8 @@ struct State {
     connections: u64,
     /// Bytes passed on to the receiver.
     forwarded: u64,
+    /// When connections were seen to end, and whose end that was.
+    hung_up: Vec<(Side, SystemTime)>,
     over: bool,
 }
 
@@ -180,6 +184,7 @@ impl Relay {
                 links: Vec::new(),
                 connections: 0,
                 forwarded: 0,
+                hung_up: Vec::new(),
                 over: false,
             }),
             changed: Condvar::new(),
@@ -280,6 +285,14 @@ impl Relay {
     /// Bytes passed on to the receiver so far.
     pub(crate) fn forwarded(&self) -> u64 {
         self.shared.lock().forwarded
+    }
+
+    /// When the first connection ended, since then, at its end on this side.
+    pub(crate) fn hung_up_since(&self, side: Side, since: SystemTime) -> Option<SystemTime> {
+        let state = self.shared.lock();
+        let mut ends = state.hung_up.iter();
+        ends.find(|(of, at)| *of == side && *at >= since)
+            .map(|(_, at)| *at)
     }
 
     /// Resets connections in both directions. What is held or queued on them is lost.
@@ -416,6 +429,9 @@ fn pump(shared: &Shared, link: &Link, from: Side) {
     };
     loop {
         let read = wire.next();
+        if !matches!(read, Ok(Some(_))) {
+            shared.lock().hung_up.push((from, SystemTime::now()));
+        }
         let passed = match &read {
             Ok(Some(frame)) => {
                 let passed = pass(shared.judge(frame), frame, &mut wire.bytes, writer);
@@ -464,6 +480,7 @@ fn pass(act: Act, frame: &Frame, bytes: &mut [u8], writer: &TcpStream) -> io::Re
             write_all(writer, bytes)?;
         }
         Act::Cut => write_all(writer, &bytes[..bytes.len() / 2])?,
+        Act::Swallow => {}
     }
     Ok(act != Act::Cut)
 }

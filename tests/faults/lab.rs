@@ -204,7 +204,7 @@ impl Elsewhere {
         self.address(1)
     }
 
-    fn inside(&self) -> [String; 3] {
+    fn entered(&self) -> [String; 3] {
         [
             "--target".into(),
             self.keeper.id().to_string(),
@@ -212,17 +212,22 @@ impl Elsewhere {
         ]
     }
 
-    fn ip(&self, arguments: &[&str]) {
-        let inside = self.inside();
-        let mut all: Vec<&str> = inside.iter().map(String::as_str).collect();
-        all.push("ip");
+    /// Runs a tool in there.
+    fn inside(&self, program: &str, arguments: &[&str]) {
+        let entered = self.entered();
+        let mut all: Vec<&str> = entered.iter().map(String::as_str).collect();
+        all.push(program);
         all.extend(arguments);
         run("nsenter", &all);
     }
 
+    fn ip(&self, arguments: &[&str]) {
+        self.inside("ip", arguments);
+    }
+
     /// `program` in there.
     pub(crate) fn command(&self, program: &Command) -> Command {
-        let inside = self.inside();
+        let inside = self.entered();
         let inside: Vec<&str> = inside.iter().map(String::as_str).collect();
         become_of("nsenter", &inside, program)
     }
@@ -231,6 +236,22 @@ impl Elsewhere {
     /// address that nobody has.
     pub(crate) fn cut(&self) {
         self.lead([NOBODY; 2]);
+    }
+
+    /// From now on no packet arrives, in either direction, and nobody is told: a firewall there drops all.
+    pub(crate) fn drop_packets(&self) {
+        let chain = |hook: &str| {
+            format!(
+                "add chain ip cut {hook} {{ type filter hook {hook} priority 0; policy drop; }}"
+            )
+        };
+        let rules = format!("add table ip cut; {}; {}", chain("input"), chain("output"));
+        self.inside("nft", &[&rules]);
+    }
+
+    /// The firewall lets packets through again.
+    pub(crate) fn pass_packets(&self) {
+        self.inside("nft", &["delete table ip cut"]);
     }
 
     /// Packets arrive again. Nobody has to find out whose address is where, which takes a second or fails.

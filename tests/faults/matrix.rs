@@ -13,7 +13,8 @@ pub(crate) enum Fault {
     Kill(Process),
     /// SIGSTOP, and SIGCONT soon after.
     Stop(Process),
-    /// SIGSTOP, and SIGCONT only once the other side has noticed. A writer's would be noticed by nobody.
+    /// SIGSTOP, and SIGCONT only once the other side has noticed. Nobody notices a writer's but the sender that asks
+    /// it to stop.
     Hang(Process),
     /// Somebody continues the writer that we have stopped.
     ContinueWriter,
@@ -41,6 +42,9 @@ pub(crate) enum Fault {
     /// The same, made in the network itself.
     PartitionShort,
     PartitionLong,
+    /// The same, made by a firewall.
+    DropShort,
+    DropLong,
     /// The receiver is heard and does not read.
     Deaf,
     /// The sender may lock next to no memory any more.
@@ -60,7 +64,12 @@ impl Fault {
     pub(crate) fn needs_lab(self) -> bool {
         matches!(
             self,
-            Self::PartitionShort | Self::PartitionLong | Self::Full | Self::Memlock
+            Self::PartitionShort
+                | Self::PartitionLong
+                | Self::DropShort
+                | Self::DropLong
+                | Self::Full
+                | Self::Memlock
         )
     }
 }
@@ -81,6 +90,7 @@ pub(crate) const FAULTS: &[(Fault, &str)] = &[
     (Fault::Stop(Process::Writer), "stop-writer"),
     (Fault::Hang(Process::Sender), "hang-sender"),
     (Fault::Hang(Process::Receiver), "hang-receiver"),
+    (Fault::Hang(Process::Writer), "hang-writer"),
     (Fault::ContinueWriter, "continue-writer"),
     (Fault::ResetStream, "reset-stream"),
     (Fault::ResetStreams, "reset-streams"),
@@ -97,6 +107,8 @@ pub(crate) const FAULTS: &[(Fault, &str)] = &[
     (Fault::PauseLong, "pause-long"),
     (Fault::PartitionShort, "partition-short"),
     (Fault::PartitionLong, "partition-long"),
+    (Fault::DropShort, "drop-short"),
+    (Fault::DropLong, "drop-long"),
     (Fault::Deaf, "deaf-receiver"),
     (Fault::Memlock, "memlock"),
     (Fault::Full, "full"),
@@ -207,12 +219,15 @@ pub(crate) enum Tracking {
     None,
     Scan,
     Pagemap,
+    /// Its writer says what it wrote, and stops itself when it is asked to.
+    Bitmap,
 }
 
 pub(crate) const TRACKINGS: &[(Tracking, &str)] = &[
     (Tracking::None, "none"),
     (Tracking::Scan, "scan"),
     (Tracking::Pagemap, "pagemap"),
+    (Tracking::Bitmap, "bitmap"),
 ];
 
 pub(crate) const STREAMS: &[u16] = &[1, 4];
@@ -269,6 +284,7 @@ pub(crate) fn short() -> Vec<Cell> {
             Fault::Hang(_)
                 | Fault::PauseLong
                 | Fault::PartitionLong
+                | Fault::DropLong
                 | Fault::Deaf
                 | Fault::FlipAlways
         );
@@ -297,6 +313,7 @@ impl Cell {
     /// Whether the fault means anything there.
     pub(crate) fn exists(&self) -> bool {
         let live = self.tracking != Tracking::None;
+        let stops_itself = self.tracking == Tracking::Bitmap;
         let at_phase = match self.phase {
             // Nothing is left to be sent after the freeze of what nobody writes.
             Phase::Frozen => live,
@@ -305,8 +322,10 @@ impl Cell {
         let frame = self.phase != Phase::After;
         let means = match self.fault {
             Fault::Kill(Process::Writer) | Fault::Stop(Process::Writer) => live,
+            Fault::Hang(Process::Writer) => stops_itself,
             Fault::ContinueWriter => {
-                live && matches!(self.phase, Phase::Frozen | Phase::Prepare | Phase::Prepared)
+                live && !stops_itself
+                    && matches!(self.phase, Phase::Frozen | Phase::Prepare | Phase::Prepared)
             }
             Fault::Truncate | Fault::Delay | Fault::Duplicate | Fault::FlipFrame => frame,
             Fault::FlipPayload => {
@@ -327,6 +346,7 @@ impl Cell {
         match self.fault {
             // A process that is being killed runs once more.
             Fault::Kill(Process::Writer) => &["writer-gone", "not-frozen"],
+            Fault::Hang(Process::Writer) => &["freeze-timeout"],
             Fault::ContinueWriter => &["not-frozen"],
             Fault::FlipAlways => &["corrupt"],
             Fault::Full => &["no-space"],
@@ -347,12 +367,17 @@ impl Cell {
             | Fault::FlipMany
             | Fault::PauseShort
             | Fault::PartitionShort
+            | Fault::DropShort
             | Fault::Memlock
             | Fault::KillClient
             | Fault::ClockJump => &[Identical],
             Fault::ContinueWriter | Fault::FlipAlways => &[Failed],
-            Fault::Kill(Process::Writer) => match self.phase {
+            Fault::Kill(Process::Writer) | Fault::Hang(Process::Writer) => match self.phase {
                 Phase::Commit | Phase::Committed => &[Identical],
+                // One that stops itself may have promised to stay so, which is all that is asked of it.
+                Phase::Prepare | Phase::Prepared if self.tracking == Tracking::Bitmap => {
+                    &[Failed, Identical]
+                }
                 _ => &[Failed],
             },
             Fault::Kill(Process::Sender) => match self.phase {
@@ -366,7 +391,7 @@ impl Cell {
                 Phase::Committed => &[Identical],
                 _ => self.lost(&[ResolvedSource]),
             },
-            Fault::Hang(Process::Receiver | Process::Writer) => match self.phase {
+            Fault::Hang(Process::Receiver) => match self.phase {
                 // Its kernel took it off the line before it stopped: it may go on to find it there.
                 Phase::Prepared => &[Failed, Identical, ResolvedSource, ResolvedDestination],
                 _ => self.lost(&[Identical, ResolvedSource, ResolvedDestination]),
@@ -389,10 +414,12 @@ impl Cell {
                 // A frame in a place where it must not be ends the attempt.
                 _ => &[Failed],
             },
-            Fault::PauseLong | Fault::PartitionLong | Fault::Deaf => match self.phase {
-                Phase::Prepared => &[Failed, Identical, ResolvedSource, ResolvedDestination],
-                _ => self.lost(&[Identical, ResolvedSource, ResolvedDestination]),
-            },
+            Fault::PauseLong | Fault::PartitionLong | Fault::DropLong | Fault::Deaf => {
+                match self.phase {
+                    Phase::Prepared => &[Failed, Identical, ResolvedSource, ResolvedDestination],
+                    _ => self.lost(&[Identical, ResolvedSource, ResolvedDestination]),
+                }
+            }
             Fault::Full => match self.phase {
                 Phase::Handshake | Phase::First => &[Failed],
                 Phase::Middle | Phase::Frozen => &[Failed, Identical],

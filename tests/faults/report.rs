@@ -163,7 +163,8 @@ impl Report {
         };
         let cpu = measured().filter_map(|measured| measured.stall_cpu);
         println!(
-            "at most: a dead peer noticed after {}, a hang or a partition after {}, the writer of a dead sender running after {}; CPU while stalled {:.2} %",
+            "at most: the connections of a dead peer ended after {}, noticed {} later, a hang or a partition after {}, the writer of a dead sender running after {}; CPU while stalled {:.2} %",
+            most(|measured| measured.dead_ended),
             most(|measured| measured.dead_noticed),
             most(|measured| measured.hang_noticed),
             most(|measured| measured.thawed),

@@ -33,7 +33,8 @@ fn is_for_any_moment(fault: Fault, tracking: Tracking) -> bool {
     match fault {
         // Continuing a writer behind the commit makes two owners, and stopping one for good hides a thaw: no
         // sender can help it.
-        Fault::ContinueWriter | Fault::Stop(Process::Writer) => false,
+        Fault::ContinueWriter => false,
+        Fault::Stop(Process::Writer) | Fault::Hang(Process::Writer) => tracking == Tracking::Bitmap,
         Fault::Kill(Process::Writer) => tracking != Tracking::None,
         _ => true,
     }

@@ -6,8 +6,9 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod often;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::memory::{MIB, assert_same, dense};
 use common::relay::{Act, Frame, Kind, Relay, Side, Silence, Which};
@@ -217,6 +218,28 @@ fn a_hand_over_is_repeated_whichever_word_of_it_was_lost() {
         pair.begin("r", json!({"streams": 2}));
         let seen = assert_arrived(&mut pair, &writer);
         assert_eq!(seen["recoveries"], 1, "{word} {seen:#}");
+    }
+}
+
+#[test]
+fn a_receiver_that_is_late_with_its_prepared_is_asked_once_more() {
+    for (times, ends) in [(1, "completed"), (2, "failed")] {
+        let (mut pair, relay, writer) = live(2 * MIB);
+        // Heartbeats get through all the time.
+        relay.damage(Act::Swallow, times, says("prepared"));
+        pair.begin("r", json!({"streams": 2, "stall-timeout": "500ms"}));
+        let seen = pair.sender.wait("r", ends);
+        assert!(relay.is_spent());
+        assert_eq!(seen["recoveries"], 1, "{seen:#}");
+        assert_eq!(code(&seen), "stalled", "{seen:#}");
+        if ends == "completed" {
+            assert_arrived(&mut pair, &writer);
+        } else {
+            assert_eq!(seen["error"]["x-code"], "stalled", "{seen:#}");
+            writer.assert_runs();
+            pair.receiver.wait_arrival("r", "failed");
+            pair.assert_nothing_happened(&[]);
+        }
     }
 }
 
@@ -451,44 +474,4 @@ fn a_tracked_writer_loses_no_page_over_a_bad_line() {
         pair.sender.wait_until("r", interrupted(times));
     }
     assert_arrived(&mut pair, &writer);
-}
-
-/// `MEMFERRY_RELAY_MIB=4096 cargo test --release --test resume -- --ignored --nocapture every_300_ms`
-#[test]
-#[ignore = "takes minutes and much memory in full size; MEMFERRY_RELAY_MIB makes it smaller"]
-fn a_transfer_over_a_line_cut_every_300_ms_sends_at_most_half_of_it_twice() {
-    let size = std::env::var("MEMFERRY_RELAY_MIB").map_or(4096, |text| text.parse().unwrap()) * MIB;
-    let mut pair = Pair::new();
-    let relay = bad_line(&mut pair);
-    let source = pair.stage.path("r");
-    dense(&source, size, 1);
-    pair.add("r", &source);
-    let started = Instant::now();
-    pair.begin("r", json!({"streams": 2}));
-    let mut cuts = 0;
-    let mut seen = Value::Null;
-    loop {
-        let until = Instant::now() + Duration::from_millis(300);
-        while Instant::now() < until {
-            let left = until.saturating_duration_since(Instant::now());
-            pair.sender.control().next_event(left).unwrap();
-            seen = pair.sender.call("query-migrate", json!({"id": "r"}));
-        }
-        if seen["status"] == "completed" {
-            break;
-        }
-        assert_ne!(seen["status"], "failed", "{seen:#}");
-        relay.reset(Which::All);
-        cuts += 1;
-    }
-    let time = started.elapsed().as_secs_f64();
-    assert_same(&source, &pair.destination("r"));
-    // Also what was lost on its way to the relay was sent.
-    let sent = seen["ram"]["transferred"].as_u64().unwrap();
-    let ratio = sent.max(relay.forwarded()) as f64 / size as f64;
-    println!(
-        "{} MiB, {cuts} cuts, {time:.1} s, {ratio:.3} of the region sent",
-        size / MIB
-    );
-    assert!(ratio <= 1.5, "{ratio}");
 }

@@ -11,6 +11,7 @@ use crate::stream::Pass;
 use crate::wire::{FromReceiver, FromSender};
 
 use super::super::clients::Said;
+use super::super::crew::REASON_WAIT;
 use super::super::error::TransferError;
 use super::super::status::Status;
 use super::blob::Blob;
@@ -107,8 +108,9 @@ impl Transfer {
             blob: self.blob.as_ref().map(Blob::account),
         })
         .await?;
-        // Heartbeats are no progress, and the writer stands still meanwhile.
-        let patience = self.parameters.stall_timeout;
+        // Heartbeats are no progress, and the writer stands still meanwhile. If the receiver waits for somebody, it gives
+        // up first and says why.
+        let patience = self.parameters.stall_timeout + REASON_WAIT;
         // While the receiver makes itself ready, every tracker is asked once more, unless there was no
         // Iteration since, and whether it saw everything; and writers that stopped themselves promise to
         // stay so, which from the commit on only the receiver's word may change.

@@ -38,6 +38,9 @@ pub(super) struct Clock {
     connected: Instant,
     /// The first loss since the writers stand still: they do not wait for one repair after the other.
     frozen_lost: Option<Instant>,
+    /// The receiver was late with its *prepared*. Once is forgiven: what it had to write out is written then. The
+    /// writers stand still for it each time, so not twice.
+    was_late: bool,
 }
 
 impl Clock {
@@ -47,6 +50,7 @@ impl Clock {
             applied: 0,
             connected: Instant::now(),
             frozen_lost: None,
+            was_late: false,
         }
     }
 
@@ -71,7 +75,8 @@ impl Transfer {
     /// Replaces every connection, for `cause`. Tries until nothing has gone on for the recover timeout.
     pub(super) async fn recover(&mut self, cause: TransferError) -> Result<(), TransferError> {
         let limit = self.parameters.recover_timeout;
-        if limit.is_zero() {
+        let late = matches!(cause, TransferError::NotPrepared { .. });
+        if limit.is_zero() || (late && std::mem::replace(&mut self.clock.was_late, true)) {
             return Err(cause);
         }
         let now = Instant::now();
