@@ -104,6 +104,11 @@ fn summary(answer: &Value) -> Vec<String> {
         );
         row("repaired", told);
     }
+    if let Some(pages @ 1..) = ram["unchanged"].as_u64() {
+        let told =
+            format!("{pages} times a page was written with what it held, and not sent again");
+        row("unchanged", told);
+    }
     if let Some(told) = convergence(answer) {
         row("writer", told);
     }

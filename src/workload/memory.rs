@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -123,6 +124,16 @@ impl Memory {
             })
             .map(|mut span| span.fill_from(bytes))
             .ok_or_else(|| WorkloadError::Options(format!("page {page} is outside the memory")))
+    }
+
+    /// What a page holds.
+    pub(super) fn read(&self, page: u64) -> Result<[u8; STAMPED_BYTES], WorkloadError> {
+        let mut bytes = [0; STAMPED_BYTES];
+        let read = self
+            .file
+            .read_exact_at(&mut bytes, page * STAMPED_BYTES as u64);
+        read.map_err(failed("read", &self.path))?;
+        Ok(bytes)
     }
 
     /// How much of it is mapped by huge pages, as the kernel says.

@@ -91,6 +91,8 @@ pub(super) struct Transfer {
     remaining_before: u64,
     /// Pages that the last Iteration found changed by reading them.
     changed_pages: u64,
+    /// Of the pages that were compared last, the share that had changed.
+    changed_share: f64,
     inspect_bytes_per_second: u64,
     rates: Rates,
     /// How long the last Iteration took.
@@ -131,6 +133,10 @@ impl Transfer {
                 Tracking::Scan => {
                     Tracker::scan(&region).map_err(TransferError::local("make fingerprints"))?
                 }
+                Tracking::Exact(exact) if parameters.skip_unchanged => {
+                    Tracker::comparing(Arc::clone(exact), &region)
+                        .map_err(TransferError::local("make fingerprints"))?
+                }
                 Tracking::Exact(exact) => Tracker::exact(Arc::clone(exact)),
             };
             Ok((region, tracker))
@@ -161,6 +167,7 @@ impl Transfer {
             caught_up: false,
             remaining_before: u64::MAX,
             changed_pages: 0,
+            changed_share: 1.0,
             inspect_bytes_per_second: 0,
             rates: Rates::default(),
             time_before: Duration::ZERO,
