@@ -20,12 +20,15 @@ mod questions;
 mod readers;
 
 use std::collections::HashMap;
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::sched::CpuSet;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use crate::affinity;
 use crate::config::{ReceiveConfig, ReceiverConfig, load_receiver};
 use crate::control::{EventBus, Server};
 use crate::daemon::{self, DaemonError};
@@ -46,6 +49,8 @@ use questions::Questions;
 #[derive(Debug)]
 struct Receiver {
     config: ReceiveConfig,
+    /// Where the threads of streams run; `None` is anywhere.
+    cpus: Option<CpuSet>,
     journal: Journal,
     boot_id: BootId,
     events: EventBus,
@@ -205,6 +210,11 @@ async fn serve(config: ReceiverConfig) -> Result<(), DaemonError> {
         "make receive.directory {}",
         directory.display()
     )))?;
+    let numa_node = config.receive.check_numa_node();
+    numa_node.map_err(DaemonError::setup("take memory from receive.numa-node"))?;
+    let cpus = affinity::chosen(&config.receive.cpus)
+        .map_err(io::Error::other)
+        .map_err(DaemonError::setup("run streams on receive.cpus"))?;
     let runtime = &config.state.runtime_directory;
     let journal = Journal::open(runtime).map_err(DaemonError::setup(format!(
         "keep records in state.runtime-directory {}",
@@ -215,6 +225,7 @@ async fn serve(config: ReceiverConfig) -> Result<(), DaemonError> {
             "read the boot id and the journal's identity",
         ))?,
         config: config.receive,
+        cpus,
         journal,
         events: EventBus::new(),
         history: History::open(&config.state.directory, "receiver"),

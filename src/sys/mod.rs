@@ -8,6 +8,7 @@ pub mod errqueue;
 pub mod file;
 pub mod link;
 pub mod msg;
+pub mod numa;
 pub mod pagemap;
 pub mod process;
 pub mod sched;

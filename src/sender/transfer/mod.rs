@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
+use crate::affinity;
 use crate::config::{FreezeConfig, Integrity, TransferParameters, WhenNotConverging};
 use crate::dirty::Tracker;
 use crate::endpoint::Endpoint;
@@ -29,7 +30,7 @@ use crate::wire::{BootId, FromReceiver, FromSender, Hex128, StreamTotals, Token}
 use blob::{Blob, Spent};
 use recovery::Clock;
 
-use super::crew::{Crew, REASON_WAIT, affinity};
+use super::crew::{Crew, REASON_WAIT};
 use super::debt::{Debt, Source};
 use super::error::TransferError;
 use super::registry::{Registered, Tracking};
@@ -144,7 +145,7 @@ impl Transfer {
         let sources: Arc<[Source]> = order.regions.iter().map(source).collect::<Result<_, _>>()?;
         let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
         let standstill = Standstill::new(nonce, Arc::clone(&attempt), Arc::clone(&order.guardian));
-        let cpus = affinity(&parameters.cpus)?;
+        let cpus = affinity::chosen(&parameters.cpus)?;
         let slowdown = match parameters.when_not_converging {
             WhenNotConverging::Throttle => {
                 let guardian = Arc::clone(&order.guardian);
