@@ -74,6 +74,11 @@ impl DestinationFile {
         sys::numa::prefer(self.region.mapping(), node)
     }
 
+    /// The mapping that has the huge pages, if there are some.
+    pub(super) fn in_huge_pages(&self) -> &Arc<Mapping> {
+        self.huge.as_ref().unwrap_or_else(|| self.region.mapping())
+    }
+
     /// Where it will be once it is committed.
     pub(super) fn final_path(&self) -> &Path {
         &self.final_path

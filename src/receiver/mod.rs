@@ -15,6 +15,7 @@ mod destination;
 mod entry;
 mod error;
 mod holdings;
+mod memory;
 mod prepared;
 mod questions;
 mod readers;
@@ -43,6 +44,7 @@ use admission::Obligations;
 use blob::Blobs;
 use entry::Entry;
 use holdings::Holdings;
+use memory::Observed;
 use questions::Questions;
 
 /// Everything the receiver's tasks share.
@@ -134,6 +136,15 @@ impl Receiver {
             let _ = self.events.publish_to(*owner, "MIGRATION", event.clone());
         }
         self.events.publish_to_others(&owners, "MIGRATION", event);
+    }
+
+    /// Keeps what the memory of an attempt that has ended turned out to be.
+    fn remember(&self, id: &Name, observed: Observed) {
+        let mut state = self.lock();
+        if let Some((_, shown)) = state.seen.iter_mut().find(|(known, _)| known == id) {
+            shown["memory"] = memory::to_json(&observed);
+        }
+        state.holdings.observed(observed);
     }
 
     /// Who owns the Regions of an attempt. Without a commit record the answer is "not this receiver",
