@@ -16,6 +16,8 @@ pub enum Look {
     Owed,
     /// It may have been written: it is read, and sent if its fingerprint has changed.
     Inspect,
+    /// It was written since the receiver got it, and is owed unless its fingerprint is still the same.
+    Compare,
     /// It is owed and not allocated: it is sent as a hole, without being read.
     Hole,
 }
@@ -41,6 +43,15 @@ pub struct Piece {
     pub region: u32,
     /// The pages in ascending order.
     pub runs: Vec<(PageRange, Look)>,
+}
+
+impl Piece {
+    /// How many of its pages are looked at in this way.
+    #[must_use]
+    pub fn pages(&self, look: Look) -> u64 {
+        let runs = self.runs.iter().filter(|(_, why)| *why == look);
+        runs.map(|(range, _)| range.count).sum()
+    }
 }
 
 /// All pages that one Iteration looks at, handed out piece by piece.
@@ -93,7 +104,7 @@ impl Plan {
         self.iteration
     }
 
-    /// Pages that are certainly owed.
+    /// Pages that are owed, also if it may turn out that the receiver has them.
     #[must_use]
     pub fn owed_pages(&self) -> u64 {
         self.runs
@@ -130,7 +141,7 @@ impl Plan {
             };
             let taken = match run.look {
                 Look::Hole => left.count.min(u64::from(u32::MAX)),
-                Look::Owed | Look::Inspect => cut(left, room, self.packet_pages),
+                Look::Owed | Look::Inspect | Look::Compare => cut(left, room, self.packet_pages),
             };
             if taken == 0 {
                 break;

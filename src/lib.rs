@@ -6,6 +6,7 @@
 //!
 //! `docs/architecture.md` has the map: which file does what, and what each layer must not know.
 
+pub mod affinity;
 pub mod assembly;
 pub mod channel;
 pub mod cli;

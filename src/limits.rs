@@ -58,6 +58,9 @@ pub const WINDOW_BYTES_MAX: u64 = 1024 * 1024 * 1024;
 /// CPUs that can be named: as many as a `cpu_set_t` of sched_setaffinity(2) holds.
 pub const CPUS_MAX: usize = 1024;
 
+/// NUMA nodes that can be named: as many as a kernel has at most.
+pub const NUMA_NODES_MAX: u32 = 1024;
+
 /// Streams per attempt.
 pub const STREAMS_MAX: u16 = 256;
 

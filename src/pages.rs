@@ -195,6 +195,14 @@ impl PageSet {
         }
     }
 
+    /// Takes out all of `other`, a set over the same Region.
+    pub fn subtract(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "sets of two Regions");
+        for (mine, theirs) in self.words.iter_mut().zip(&other.words) {
+            *mine &= !theirs;
+        }
+    }
+
     /// Whether `page` is in the set.
     #[must_use]
     pub fn contains(&self, page: u64) -> bool {
@@ -224,6 +232,22 @@ impl PageSet {
                 first,
                 count: end - first,
             })
+        })
+    }
+
+    /// All of `range` as runs that are (`true`) or are not in the set, in ascending order.
+    pub fn parts(&self, range: PageRange) -> impl Iterator<Item = (PageRange, bool)> + '_ {
+        let mut first = range.first;
+        std::iter::from_fn(move || {
+            if first >= range.end() {
+                return None;
+            }
+            let inside = self.contains(first);
+            let end = self.next(first, !inside).unwrap_or(self.pages);
+            let count = end.min(range.end()) - first;
+            let part = PageRange { first, count };
+            first = part.end();
+            Some((part, inside))
         })
     }
 
@@ -390,7 +414,15 @@ mod tests {
                 let range = PageRange { first, count: (pages - first).min(70) };
                 let any = model.range(range.first..range.end()).next().is_some();
                 prop_assert_eq!(shared.intersects(range), any);
+                let parts: Vec<_> = set.parts(range).collect();
+                prop_assert!(parts.windows(2).all(|w| w[0].1 != w[1].1 && w[0].0.end() == w[1].0.first));
+                prop_assert_eq!((parts[0].0.first, parts[parts.len() - 1].0.end()), (range.first, range.end()));
+                let inside = |p: &(PageRange, bool)| (p.0.first..p.0.end()).all(|page| set.contains(page) == p.1);
+                prop_assert!(parts.iter().all(inside));
             }
+            let mut rest = PageSet::full(pages);
+            rest.subtract(&set);
+            prop_assert_eq!(&rest, &absent);
             for page in 0..pages + 2 {
                 prop_assert_eq!(set.contains(page), model.contains(&page));
             }

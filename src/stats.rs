@@ -43,6 +43,8 @@ pub struct StreamStats {
     pub normal_bytes: Counter,
     /// Pages sent as zeros or holes, without payload.
     pub duplicate_pages: Counter,
+    /// Pages that were written with what the receiver has of them, and not sent.
+    pub unchanged_pages: Counter,
     /// Bytes that the receiver has acknowledged, holes included.
     pub settled_bytes: Counter,
     /// Pages that arrived torn, and are sent again.

@@ -39,7 +39,9 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
     (
         "wiring",
-        &["daemon", "populate", "sender", "receiver", "workload"],
+        &[
+            "affinity", "daemon", "populate", "sender", "receiver", "workload",
+        ],
     ),
     ("command line", &["cli"]),
 ];

@@ -10,9 +10,12 @@ mod common;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::time::Instant;
 
 use common::memory::{MIB, PAGE, assert_same, dense};
-use common::{Pair, Writer};
+use common::relay::{Act, Kind, Relay};
+use common::{DEADLINE, Pair, Writer};
+use memferry::workload::{Account, Newest, verify};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::{Value, json};
@@ -97,6 +100,18 @@ impl Marked {
     /// Writes a page, and marks it behind that.
     fn write(&self, page: u64) {
         self.memory.write_all_at(b"written", page * PAGE).unwrap();
+        self.mark(page);
+    }
+
+    /// Writes to a page what it holds, and marks it.
+    fn write_same(&self, page: u64) {
+        let mut bytes = [0; 4096];
+        self.memory.read_exact_at(&mut bytes, page * PAGE).unwrap();
+        self.memory.write_all_at(&bytes, page * PAGE).unwrap();
+        self.mark(page);
+    }
+
+    fn mark(&self, page: u64) {
         let mut byte = [0];
         self.bitmap.read_exact_at(&mut byte, page / 8).unwrap();
         byte[0] |= 1 << (page % 8);
@@ -125,6 +140,116 @@ fn marked_pages_are_sent_and_their_marks_are_taken() {
     marked.pair.transfer("r", json!({}));
     assert_eq!(marked.marks(), [0; 0]);
     assert_same(&marked.pair.stage.path("r"), &marked.pair.destination("r"));
+}
+
+/// The relay holds the mark that ends this Iteration on the one stream.
+fn hold_mark(relay: &Relay, wanted: u32) {
+    relay.hold_next(move |frame| frame.kind == Kind::Mark { iteration: wanted });
+}
+
+fn wait_held(relay: &Relay) {
+    let held = relay.wait_held(Instant::now() + DEADLINE);
+    assert!(held.is_some(), "the transfer does not come that far");
+}
+
+/// One stream, and as many passes as it takes.
+fn skipping() -> Value {
+    json!({"streams": 1, "skip-unchanged": true, "downtime-limit": "1us"})
+}
+
+#[test]
+fn a_page_that_is_written_with_what_it_held_is_not_sent_again() {
+    let mut marked = Marked::new(200);
+    let relay = Relay::start(&marked.pair.uri);
+    marked.pair.uri = relay.local_uri();
+    hold_mark(&relay, 1);
+    marked.pair.begin("r", skipping());
+    wait_held(&relay);
+    (0..200).for_each(|page| marked.write_same(page));
+    marked.write(7);
+    relay.release(Act::Pass);
+    let done = marked.pair.sender.wait("r", "completed");
+    let ram = &done["ram"];
+    assert_eq!(
+        (&ram["unchanged"], &ram["normal"]),
+        (&json!(199), &json!(201)),
+        "{done:#}"
+    );
+    assert_same(&marked.pair.stage.path("r"), &marked.pair.destination("r"));
+}
+
+#[test]
+fn what_was_under_way_when_the_line_broke_is_sent_whatever_it_holds() {
+    let mut marked = Marked::new(200);
+    let relay = Relay::start(&marked.pair.uri);
+    marked.pair.uri = relay.local_uri();
+    hold_mark(&relay, 1);
+    marked.pair.begin("r", skipping());
+    wait_held(&relay);
+    marked.write(7);
+    // It was compared, and its new content is known here and lost on the way.
+    relay.hold_next(|frame| frame.kind == Kind::Packet { iteration: 2 });
+    relay.release(Act::Pass);
+    wait_held(&relay);
+    relay.release(Act::Cut);
+    let done = marked.pair.sender.wait("r", "completed");
+    assert_eq!(done["ram"]["unchanged"], 0, "{done:#}");
+    assert_eq!(done["recoveries"], 1, "{done:#}");
+    assert_same(&marked.pair.stage.path("r"), &marked.pair.destination("r"));
+}
+
+#[test]
+fn most_of_a_writer_that_repeats_itself_is_not_sent_again() {
+    for tracker in ["pagemap", "bitmap"] {
+        let mut pair = Pair::new();
+        let relay = Relay::start(&pair.uri);
+        pair.uri = relay.local_uri();
+        let (path, account) = (pair.stage.path("r"), pair.stage.path("account"));
+        let mut more = vec!["--register", pair.sender.socket().to_str().unwrap()];
+        more.extend(["--name", "r", "--tracker", tracker, "--pattern", "rewrite"]);
+        more.extend(["--account", account.to_str().unwrap()]);
+        let writer = Writer::with(&path, 8 * MIB, "64MiB/s", 4 * MIB, &more);
+        hold_mark(&relay, 1);
+        pair.begin("r", skipping());
+        wait_held(&relay);
+        // Two rounds and more, in which a quarter of the working set becomes something else.
+        let newest = || {
+            let pages = Account::read(&account).unwrap().pages;
+            let written = pages.iter().map(|newest| match newest {
+                Newest::Stamp(sequence) => *sequence,
+                Newest::Nothing | Newest::Zeros(_) => 0,
+            });
+            written.max().unwrap()
+        };
+        let (before, deadline) = (newest(), Instant::now() + DEADLINE);
+        while newest() < before + 2 * 1024 {
+            assert!(Instant::now() < deadline, "the writer does not write");
+            std::thread::yield_now();
+        }
+        relay.release(Act::Pass);
+        let done = pair.sender.wait("r", "completed");
+        let count = |key: &str| done["ram"][key].as_u64().unwrap();
+        assert!(count("unchanged") > 256, "{tracker} {done:#}");
+        let found = verify(
+            &File::open(pair.destination("r")).unwrap(),
+            &Account::read(&account).unwrap(),
+        );
+        assert_eq!(found.unwrap().count, 0, "{tracker}");
+        assert_same(&path, &pair.destination("r"));
+        drop(writer);
+    }
+}
+
+#[test]
+fn without_checksums_nothing_can_be_skipped() {
+    let mut marked = Marked::new(10);
+    let order = json!({"uri": marked.pair.uri, "skip-unchanged": true, "integrity": "off"});
+    let (code, text) = marked.pair.sender.refusal("migrate", order);
+    assert_eq!(code, "invalid-argument", "{text}");
+    assert!(
+        text.contains("skip-unchanged") && text.contains("integrity"),
+        "{text}"
+    );
 }
 
 #[test]

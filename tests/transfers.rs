@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use common::memory::{MIB, PAGE, assert_same, blocks, dense, noise, punch, sparse};
-use common::{DEADLINE, Pair, Stage, Writer, listing};
+use common::{DEADLINE, Pair, Stage, Writer, cpus_of_streams, listing};
 use serde_json::{Value, json};
 
 fn number(value: &Value) -> u64 {
@@ -376,11 +376,11 @@ fn streams_run_on_the_cpus_they_are_given() {
     pair.sender.wait("pinned", "active");
     // A thread has its name before it has its CPUs.
     let started = Instant::now();
-    while cpus_of_streams(pair.sender.pid()) != ["0", "0"] {
+    while cpus_of_streams(pair.sender.pid(), "mf-send-") != ["0", "0"] {
         assert!(
             started.elapsed() < DEADLINE,
             "{:?}",
-            cpus_of_streams(pair.sender.pid())
+            cpus_of_streams(pair.sender.pid(), "mf-send-")
         );
         std::thread::yield_now();
     }
@@ -396,19 +396,4 @@ fn streams_run_on_the_cpus_they_are_given() {
             .contains("may use [0"),
         "{failed:#}"
     );
-}
-
-/// `Cpus_allowed_list` of every thread that is a stream, as in proc_pid_status(5).
-fn cpus_of_streams(pid: i32) -> Vec<String> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-    let statuses =
-        tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap());
-    let streams = statuses.filter(|status| status.starts_with("Name:\tmf-send-"));
-    let cpus = |status: String| {
-        let lines = status.lines();
-        lines
-            .filter_map(|line| line.strip_prefix("Cpus_allowed_list:\t"))
-            .collect()
-    };
-    streams.map(cpus).collect()
 }

@@ -120,6 +120,7 @@ fn examine(directory: &Path) -> Vec<Finding> {
         optmem(read_number("/proc/sys/net/core/optmem_max")),
         huge_pages(&read("/sys/kernel/mm/transparent_hugepage/shmem_enabled")),
         hugetlb(),
+        numa(),
         mount(directory, &read("/proc/self/mountinfo")),
         pagemap(),
         cgroup(),
@@ -235,6 +236,19 @@ fn hugetlb() -> Finding {
             "hugetlb pool",
             format!("{free} of {pool} pages of {size} free"),
         ),
+    }
+}
+
+fn numa() -> Finding {
+    let what = "NUMA nodes";
+    match crate::sys::numa::allowed() {
+        Ok(nodes) if nodes.len() > 1 => Finding::note(
+            what,
+            format!("memory may come from nodes {nodes:?}"),
+            "receive.numa-node chooses one, cpus the CPUs of the streams",
+        ),
+        Ok(nodes) => Finding::ok(what, format!("memory may come from node {nodes:?} only")),
+        Err(error) => Finding::ok(what, format!("not visible here: {error}")),
     }
 }
 

@@ -1,5 +1,6 @@
 //! One transfer for a person: while it runs (`status`) and once it has ended (`migrate`, `demo`).
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -9,6 +10,7 @@ use serde_json::{Value, json};
 use super::args::StatusArgs;
 use super::output::{bytes, line, number, printable, seconds, table, text, wrap};
 use crate::client::{ClientError, Connection};
+use crate::config::units::Size;
 use crate::name::Name;
 use crate::sys::terminal;
 
@@ -92,6 +94,9 @@ fn summary(answer: &Value) -> Vec<String> {
             None => bytes(total),
         },
     );
+    if let Some(told) = pages(&answer["memory"]) {
+        row("pages", told);
+    }
     if let Some(time) = answer["total-time"].as_f64() {
         row("time", time_and_rate(status, total, time / 1e3));
     }
@@ -103,6 +108,11 @@ fn summary(answer: &Value) -> Vec<String> {
             "{pages} pages were written while they were sent, or damaged on the way, and came again"
         );
         row("repaired", told);
+    }
+    if let Some(pages @ 1..) = ram["unchanged"].as_u64() {
+        let told =
+            format!("{pages} times a page was written with what it held, and not sent again");
+        row("unchanged", told);
     }
     if let Some(told) = convergence(answer) {
         row("writer", told);
@@ -117,6 +127,21 @@ fn summary(answer: &Value) -> Vec<String> {
         row("zero-copy", zero_copy(&answer["zero-copy"]));
     }
     lines
+}
+
+/// In pages of which size what has arrived is, largest first. Only a receiver tells.
+fn pages(memory: &Value) -> Option<String> {
+    let mut sizes = BTreeMap::<u64, f64>::new();
+    for region in memory.as_array()? {
+        for (size, held) in region["page-sizes"].as_object()? {
+            *sizes.entry(size.parse().ok()?).or_default() += number(held);
+        }
+    }
+    let told = sizes
+        .iter()
+        .rev()
+        .map(|(size, held)| format!("{} in pages of {}", bytes(*held), Size(*size)));
+    Some(told.collect::<Vec<_>>().join(", ")).filter(|told| !told.is_empty())
 }
 
 /// Who has the memory now: what an operator wants to know first. Only a sender tells (rule 4).
@@ -303,6 +328,18 @@ mod tests {
             told("active", behind, json!(40)).as_deref(),
             Some("10 B/s, sent at 5 B/s: not converging, slowed down by 40 %")
         );
+    }
+
+    #[test]
+    fn pages_are_told_by_their_size_over_all_regions() {
+        let region =
+            |small: u64, huge: u64| json!({"page-sizes": {"4096": small, "2097152": huge}});
+        assert_eq!(
+            pages(&json!([region(4096, 2 << 20), region(8192, 4 << 20)])).as_deref(),
+            Some("6.0 MiB in pages of 2MiB, 12.0 KiB in pages of 4KiB")
+        );
+        assert_eq!(pages(&json!([{"page-sizes": {}}])), None);
+        assert_eq!(pages(&Value::Null), None);
     }
 
     #[test]

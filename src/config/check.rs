@@ -117,6 +117,10 @@ fn receiver_report(config: &ReceiverConfig, warnings: Vec<Warning>) -> Report {
                 receive.directory.display(),
                 receive.huge_pages.as_str()
             ),
+            match receive.numa_node {
+                Some(node) => format!("memory from NUMA node {node}"),
+                None => "memory from any NUMA node".to_owned(),
+            },
         ],
         warnings,
     }
@@ -161,6 +165,8 @@ pub(super) fn receiver_warnings(config: &ReceiverConfig) -> Vec<Warning> {
         &config.state.runtime_directory,
     ));
     warnings.extend(missing("receive.directory", &config.receive.directory));
+    let refused = config.receive.check_numa_node().err();
+    warnings.extend(refused.map(|error| Warning(format!("receive.numa-node: {error}"))));
     warnings
 }
 

@@ -129,6 +129,17 @@ impl<'a> Given<'a> {
         }
     }
 
+    /// The same; nothing for `"none"`.
+    pub(super) fn optional_count(
+        &self,
+        range: RangeInclusive<u64>,
+    ) -> Result<Option<u64>, Refusal> {
+        match self.value {
+            Value::String(text) if text == "none" => Ok(None),
+            _ => self.count(range).map(Some),
+        }
+    }
+
     pub(super) fn size(&self, range: RangeInclusive<u64>) -> Result<u64, Refusal> {
         let bytes = match self.value {
             Value::String(text) => text.parse::<Size>().map_err(Refusal::new)?.0,

@@ -1,14 +1,17 @@
 //! What a receiver takes, from whom, and where it puts it: the `[receive]` table.
 
 use std::fmt;
+use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::cpus::CpuList;
 use super::keys::{Choice, Key, Refusal};
 use crate::endpoint::Endpoint;
-use crate::limits::REGION_BYTES_MAX;
+use crate::limits::{NUMA_NODES_MAX, REGION_BYTES_MAX};
 use crate::name::Name;
+use crate::sys;
 
 /// The `[receive]` table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +22,10 @@ pub struct ReceiveConfig {
     pub directory: PathBuf,
     /// Whether to ask for huge pages.
     pub huge_pages: HugePages,
+    /// Where new memory comes from, as long as there is some.
+    pub numa_node: Option<u32>,
+    /// On which CPUs the streams' threads run.
+    pub cpus: CpuList,
     /// Longest Region, in bytes.
     pub max_region: u64,
     /// All Regions of all attempts under way, in bytes.
@@ -208,6 +215,20 @@ impl ReceiveConfig {
         self.allow_peers.iter().any(|range| range.contains(address))
     }
 
+    /// That there is such a node, and memory may come from it. The receiver does not start otherwise.
+    pub fn check_numa_node(&self) -> io::Result<()> {
+        let Some(node) = self.numa_node else {
+            return Ok(());
+        };
+        let allowed = sys::numa::allowed()?;
+        match allowed.contains(&node) {
+            true => Ok(()),
+            false => Err(io::Error::other(format!(
+                "this process may have memory on no node {node}: it may on {allowed:?}"
+            ))),
+        }
+    }
+
     /// Values that do not fit together: the key to look at, and why.
     pub(super) fn disagreement(&self) -> Option<(&'static str, String)> {
         if self.listen.is_empty() {
@@ -242,6 +263,8 @@ impl Default for ReceiveConfig {
             }],
             directory: PathBuf::from("/dev/shm/memferry"),
             huge_pages: HugePages::Auto,
+            numa_node: None,
+            cpus: CpuList::default(),
             // Memory is checked when an attempt starts; these two only keep nonsense out, so they are
             // the longest Region there can be, and a few of them.
             max_region: REGION_BYTES_MAX,
@@ -277,6 +300,21 @@ pub(super) const KEYS: &[Key<ReceiveConfig>] = &[
     Key {
         name: "huge-pages",
         set: |to, given| given.choice().map(|choice| to.huge_pages = choice),
+    },
+    Key {
+        name: "numa-node",
+        set: |to, given| {
+            let node = given.optional_count(0..=u64::from(NUMA_NODES_MAX) - 1)?;
+            to.numa_node = node.map(u32::try_from).transpose().map_err(Refusal::new)?;
+            Ok(())
+        },
+    },
+    Key {
+        name: "cpus",
+        set: |to, given| {
+            to.cpus = given.text()?.parse().map_err(Refusal::new)?;
+            Ok(())
+        },
     },
     Key {
         name: "max-region",

@@ -216,6 +216,9 @@ fn every_mistake_of_a_receiver_has_its_line() {
         ("[receive]\nmax-total = \"1TiB\"", 2),
         ("[receive]\nmax-transfers = 0", 2),
         ("[receive]\nhuge-pages = true", 2),
+        ("[receive]\nnuma-node = -1", 2),
+        ("[receive]\nnuma-node = 1024", 2),
+        ("[receive]\ncpus = \"all\"", 2),
         ("[receive]\ninsecure-plaintext = \"yes\"", 2),
     ] {
         let (found, message) = mistake(receiver(text));

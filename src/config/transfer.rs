@@ -39,6 +39,8 @@ pub struct TransferParameters {
     pub integrity: Integrity,
     /// Whether payload is compressed where that pays.
     pub compression: Compression,
+    /// Whether pages that an exact tracker reports are compared with what was sent of them before.
+    pub skip_unchanged: bool,
     /// How long a lost connection may take to come back.
     pub recover_timeout: Duration,
     /// Longest time without any progress.
@@ -185,6 +187,7 @@ impl Default for TransferParameters {
             when_not_converging: WhenNotConverging::Freeze,
             integrity: Integrity::Crc32c,
             compression: Compression::Off,
+            skip_unchanged: false,
             recover_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(10),
             freeze_timeout: Duration::from_secs(5),
@@ -301,6 +304,10 @@ pub(super) const KEYS: &[Key<TransferParameters>] = &[
         set: |to, given| given.choice().map(|what| to.compression = what),
     },
     Key {
+        name: "skip-unchanged",
+        set: |to, given| given.flag().map(|flag| to.skip_unchanged = flag),
+    },
+    Key {
         name: "cpus",
         set: |to, given| {
             to.cpus = given.text()?.parse().map_err(Refusal::new)?;
@@ -357,6 +364,7 @@ impl TransferParameters {
             ("stall-timeout", time(self.stall_timeout)),
             ("freeze-timeout", time(self.freeze_timeout)),
             ("compression", json!(self.compression.as_str())),
+            ("skip-unchanged", json!(self.skip_unchanged)),
             ("cpus", json!(self.cpus.to_string())),
         ];
         let owned = members.map(|(key, value)| (key.to_owned(), value));
@@ -365,14 +373,19 @@ impl TransferParameters {
 
     /// Two values that do not fit together: the key to look at, and why.
     pub(super) fn disagreement(&self) -> Option<(&'static str, String)> {
-        (self.window < self.packet_size).then(|| {
+        if self.window < self.packet_size {
             let reason = format!(
                 "{} is less than packet-size ({}): not one packet could be sent",
                 Size(self.window),
                 Size(self.packet_size)
             );
-            ("window", reason)
-        })
+            return Some(("window", reason));
+        }
+        if self.skip_unchanged && self.integrity == Integrity::Off {
+            let reason = "needs integrity = \"crc32c\": without checksums it is not known what the receiver has of a page that was written while it was sent";
+            return Some(("skip-unchanged", reason.to_owned()));
+        }
+        None
     }
 }
 
@@ -399,6 +412,7 @@ mod tests {
             zero_copy: ZeroCopyMode::IoUringFixed,
             window: 123_456_789,
             compression: Compression::Zstd,
+            skip_unchanged: true,
             cpus: "!0-1".parse().unwrap(),
             ..TransferParameters::default()
         };

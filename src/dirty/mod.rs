@@ -4,6 +4,7 @@
 //! page arrived is for the receiver to say. The set of trackers is closed, so it is an enum.
 
 mod bitmap;
+mod comparison;
 mod error;
 mod fingerprints;
 mod maps;
@@ -14,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use bitmap::BitmapTracker;
+pub use comparison::Comparison;
 pub use error::TrackerError;
 pub use fingerprints::{Change, Fingerprints};
 pub use pagemap::{Memory, PagemapTracker};
@@ -42,11 +44,7 @@ impl Exact {
                 pagemap.arm()?;
                 // Behind the arming: what is allocated from here on is a write that is reported.
                 *allocated = PageSet::empty(region.pages());
-                let all = PageRange {
-                    first: 0,
-                    count: region.pages(),
-                };
-                Extents::of(region).each_part(all, |part, hole| {
+                Extents::of(region).each_part(all_of(region), |part, hole| {
                     if !hole {
                         allocated.insert(part);
                     }
@@ -97,11 +95,7 @@ impl Exact {
         if region.allocated_bytes()? == allocated.count() * PAGE_BYTES {
             return Ok(());
         }
-        let all = PageRange {
-            first: 0,
-            count: region.pages(),
-        };
-        Extents::of(region).each_part(all, |part, hole| {
+        Extents::of(region).each_part(all_of(region), |part, hole| {
             for page in part.first..part.end() {
                 if allocated.contains(page) == hole {
                     owed.insert(PageRange {
@@ -136,6 +130,13 @@ pub struct Lease {
 }
 
 impl Lease {
+    fn new(exact: Arc<Mutex<Exact>>) -> Self {
+        Self {
+            exact,
+            ended: AtomicBool::new(false),
+        }
+    }
+
     /// The tracker, unless the attempt has ended. Ends are decided under the same lock.
     fn lock(&self) -> Option<MutexGuard<'_, Exact>> {
         // A panic while it was held is a bug that was reported; the trackers keep no state that could
@@ -152,8 +153,9 @@ pub enum Tracker {
     None,
     /// Everything is read on every pass, and what has another fingerprint than last time is sent.
     Scan(Fingerprints),
-    /// Whoever knows is asked, until the attempt has ended.
-    Exact(Lease),
+    /// Whoever knows is asked, until the attempt has ended; and what was written is compared with what
+    /// was sent of it before, if that is wanted.
+    Exact(Lease, Option<Comparison>),
 }
 
 impl Tracker {
@@ -165,16 +167,39 @@ impl Tracker {
     /// An attempt's use of a tracker that outlives it.
     #[must_use]
     pub fn exact(exact: Arc<Mutex<Exact>>) -> Self {
-        Self::Exact(Lease {
-            exact,
-            ended: AtomicBool::new(false),
-        })
+        Self::Exact(Lease::new(exact), None)
+    }
+
+    /// The same for pages of `region` that are not to be sent again if they are written with what they
+    /// held. Only where checksums tell what the receiver has.
+    pub fn comparing(exact: Arc<Mutex<Exact>>, region: &Region) -> std::io::Result<Self> {
+        let comparison = Comparison::new(region.pages())?;
+        Ok(Self::Exact(Lease::new(exact), Some(comparison)))
+    }
+
+    /// Whether writes are found by reading.
+    #[must_use]
+    pub fn is_scan(&self) -> bool {
+        matches!(self, Self::Scan(_))
+    }
+
+    /// Pages that are owed and that the next Iteration compares first.
+    #[must_use]
+    pub fn comparable_pages(&self) -> u64 {
+        self.comparison().map_or(0, Comparison::pages)
+    }
+
+    fn comparison(&self) -> Option<&Comparison> {
+        match self {
+            Self::None | Self::Scan(_) => None,
+            Self::Exact(_, comparison) => comparison.as_ref(),
+        }
     }
 
     /// Bytes that a pass over `region` reads only to find out whether they changed.
     pub fn inspect_bytes(&self, region: &Region) -> Result<u64, RegionError> {
         match self {
-            Self::None | Self::Exact(_) => Ok(0),
+            Self::None | Self::Exact(..) => Ok(0),
             Self::Scan(_) => region.allocated_bytes(),
         }
     }
@@ -183,8 +208,9 @@ impl Tracker {
     #[must_use]
     pub fn fingerprints(&self) -> Option<&Fingerprints> {
         match self {
-            Self::None | Self::Exact(_) => None,
+            Self::None => None,
             Self::Scan(fingerprints) => Some(fingerprints),
+            Self::Exact(_, comparison) => comparison.as_ref().map(|c| &c.fingerprints),
         }
     }
 
@@ -197,7 +223,7 @@ impl Tracker {
     /// is found by reading is not known before it is read. It is all there is once [`Self::check_sight`]
     /// has said so, too.
     pub fn harvest(&self, owed: &mut PageSet) -> Result<u64, TrackerError> {
-        self.lease().map_or(Ok(0), |mut exact| exact.harvest(owed))
+        self.ask(owed, |exact, owed| exact.harvest(owed))
     }
 
     /// That the tracker saw everything up to the last harvest.
@@ -209,13 +235,30 @@ impl Tracker {
     /// The writer stands still: adds to `owed` what the tracker is blind to and what can be seen now,
     /// such as punched holes.
     pub fn look_again(&self, region: &Region, owed: &mut PageSet) -> Result<(), TrackerError> {
-        self.lease()
-            .map_or(Ok(()), |exact| exact.look_again(region, owed))
+        self.ask(owed, |exact, owed| exact.look_again(region, owed))
+    }
+
+    /// Has an exact tracker add to `owed`, and remembers what is to be compared of it.
+    fn ask<T: Default>(
+        &self,
+        owed: &mut PageSet,
+        ask: impl FnOnce(&mut Exact, &mut PageSet) -> Result<T, TrackerError>,
+    ) -> Result<T, TrackerError> {
+        let Some(mut exact) = self.lease() else {
+            return Ok(T::default());
+        };
+        let Some(comparison) = self.comparison() else {
+            return ask(&mut exact, owed);
+        };
+        let before = owed.clone();
+        let answer = ask(&mut exact, owed)?;
+        comparison.harvested(&before, owed);
+        Ok(answer)
     }
 
     /// The attempt has failed: what was harvested for it is dirty again (rule 3).
     pub fn restore(&self) {
-        if let Self::Exact(lease) = self
+        if let Self::Exact(lease, _) = self
             && let Some(mut exact) = lease.lock()
         {
             lease.ended.store(true, Ordering::Relaxed);
@@ -226,12 +269,13 @@ impl Tracker {
     fn lease(&self) -> Option<MutexGuard<'_, Exact>> {
         match self {
             Self::None | Self::Scan(_) => None,
-            Self::Exact(lease) => lease.lock(),
+            Self::Exact(lease, _) => lease.lock(),
         }
     }
 
     /// Appends to `runs` what an Iteration has to look at: what is `owed`, and what may have been
-    /// written since. In the `first` one everything is owed, holes included. Touches no page.
+    /// written since. In the `first` one everything is owed, holes included. Touches no page. What is to
+    /// be compared is so in the Iteration that is planned now, or not at all.
     pub fn plan(
         &self,
         index: u32,
@@ -248,13 +292,19 @@ impl Tracker {
                 look,
             })
         };
+        let again = self.comparison().map(Comparison::take);
         match self {
             // What is owed later was written, or arrived torn: it is data, and a page that was
             // punched out meanwhile reads as zeros.
-            Self::None | Self::Exact(_) if !first => {
-                owed.runs().for_each(|range| push(range, Look::Owed))
-            }
-            Self::None | Self::Exact(_) => {
+            Self::None | Self::Exact(..) if !first => match again {
+                None => owed.runs().for_each(|range| push(range, Look::Owed)),
+                Some(again) => {
+                    for (part, known) in owed.runs().flat_map(|range| again.parts(range)) {
+                        push(part, if known { Look::Compare } else { Look::Owed });
+                    }
+                }
+            },
+            Self::None | Self::Exact(..) => {
                 for range in owed.runs() {
                     extents.each_part(range, |part, hole| {
                         push(part, if hole { Look::Hole } else { Look::Owed });
@@ -262,7 +312,7 @@ impl Tracker {
                 }
             }
             Self::Scan(fingerprints) => {
-                for (range, owed) in stretches(owed) {
+                for (range, owed) in owed.parts(all_of(region)) {
                     extents.each_part(range, |part, hole| match (owed, hole) {
                         (true, true) => push(part, Look::Hole),
                         (true, false) => push(part, Look::Owed),
@@ -279,25 +329,12 @@ impl Tracker {
     }
 }
 
-/// Every page of the set's Region as runs that are (`true`) or are not in the set.
-fn stretches(set: &PageSet) -> impl Iterator<Item = (PageRange, bool)> + '_ {
-    let mut from = 0;
-    let mut runs = set.runs().peekable();
-    std::iter::from_fn(move || {
-        let next = runs.peek().copied();
-        let until = next.map_or_else(|| set.pages(), |run| run.first);
-        if from < until {
-            let gap = PageRange {
-                first: from,
-                count: until - from,
-            };
-            from = until;
-            return Some((gap, false));
-        }
-        let run = runs.next()?;
-        from = run.end();
-        Some((run, true))
-    })
+/// Every page of it.
+fn all_of(region: &Region) -> PageRange {
+    PageRange {
+        first: 0,
+        count: region.pages(),
+    }
 }
 
 /// Tells data from holes along a Region, front to back.
@@ -413,6 +450,45 @@ mod tests {
                 (5, 1, Look::Hole)
             ]
         );
+    }
+
+    #[test]
+    fn what_is_harvested_is_compared_once_and_what_was_owed_before_is_not() {
+        let bitmap = File::from(memfd_create(c"bitmap", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        bitmap.set_len(8).unwrap();
+        use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+        fcntl(&bitmap, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).unwrap();
+        let marks = BitmapTracker::new(bitmap.try_clone().unwrap().into(), 10).unwrap();
+        let exact = Arc::new(Mutex::new(Exact::Bitmap(marks)));
+        let region = sparse(10, &[3, 4]);
+        let tracker = Tracker::comparing(exact, &region).unwrap();
+        tracker.begin(&region).unwrap();
+        let mut owed = PageSet::empty(10);
+        owed.insert(PageRange { first: 4, count: 1 });
+        let harvest = |owed: &mut PageSet| {
+            bitmap.write_all_at(&[0b11_1000], 0).unwrap();
+            tracker.harvest(owed).unwrap();
+        };
+        harvest(&mut owed);
+        assert_eq!(tracker.comparable_pages(), 2);
+        assert_eq!(
+            planned(&tracker, &region, &owed),
+            [
+                (3, 1, Look::Compare),
+                (4, 1, Look::Owed),
+                (5, 1, Look::Compare)
+            ]
+        );
+        harvest(&mut owed);
+        assert_eq!(planned(&tracker, &region, &owed), [(3, 3, Look::Owed)]);
+        let mut owed = PageSet::empty(10);
+        harvest(&mut owed);
+        let mut runs = Vec::new();
+        tracker
+            .plan(0, &region, &PageSet::full(10), true, &mut runs)
+            .unwrap();
+        assert!(runs.iter().all(|run| run.look != Look::Compare), "{runs:?}");
+        assert_eq!(planned(&tracker, &region, &owed), [(3, 3, Look::Owed)]);
     }
 
     #[test]

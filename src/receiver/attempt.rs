@@ -207,7 +207,8 @@ impl Attempt {
         let places = offer.regions.iter().map(|region| self.place(region));
         let destinations: Arc<[_]> = places.collect::<Result<_, _>>()?;
         let assembly = Assembly::new(0, offer.streams, self.regions.iter().cloned());
-        let readers = Readers::new().map_err(AttemptError::local("make an eventfd"))?;
+        let readers =
+            Readers::new(self.receiver.cpus).map_err(AttemptError::local("make an eventfd"))?;
         let (entry, arriving, back) = Entry::new(offer, Arc::clone(&destinations), promised_bytes);
         let entry = Arc::new(entry);
         let mut state = self.receiver.lock();
@@ -240,9 +241,13 @@ impl Attempt {
                 PreparedMemory::new(region).map_err(AttemptError::local("open /dev/zero"))?;
             return Ok(Place::Prepared(memory));
         }
-        let directory = &self.receiver.config.directory;
+        let config = &self.receiver.config;
         let (name, bytes) = (offered.name.clone(), offered.length);
-        let file = DestinationFile::create(directory, name, bytes, self.huge_pages)?;
+        let file = DestinationFile::create(&config.directory, name, bytes, self.huge_pages)?;
+        if let Some(node) = config.numa_node {
+            file.prefer_node(node)
+                .map_err(AttemptError::local("take memory from receive.numa-node"))?;
+        }
         Ok(Place::New(file))
     }
 
@@ -360,7 +365,8 @@ impl Attempt {
             compression: before.compression,
             received: Arc::clone(&before.received),
         });
-        accepted.readers = Readers::new().map_err(AttemptError::local("make an eventfd"))?;
+        accepted.readers =
+            Readers::new(self.receiver.cpus).map_err(AttemptError::local("make an eventfd"))?;
         accepted.entry.open(epoch);
         tracing::info!(id = %self.id, epoch, "resumed");
         // If this is lost, so is the conversation, and that shows when it is listened to.

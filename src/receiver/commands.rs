@@ -14,6 +14,8 @@ use crate::name::Name;
 
 use super::Receiver;
 use super::holdings::{Client, Memory, Preparation};
+use super::memory;
+use super::prepared::Place;
 
 const fn command(name: &'static str) -> CommandInfo {
     CommandInfo { name, oob: false }
@@ -100,11 +102,15 @@ impl ReceiverCommands {
         }
     }
 
-    fn query_migrate(&self, id: Option<&Name>) -> Result<Value, CommandError> {
-        let state = self.receiver.lock();
-        let wanted = |(known, _): &&(Name, Value)| id.as_ref().is_none_or(|id| *id == known);
-        match (state.seen.iter().rev().find(wanted), &id) {
-            (Some((_, shown)), _) => Ok(shown.clone()),
+    async fn query_migrate(&self, id: Option<&Name>) -> Result<Value, CommandError> {
+        let (seen, places) = self.seen(id);
+        match (seen, &id) {
+            (Some(mut shown), _) => {
+                if let Some(places) = places {
+                    shown["memory"] = memory::to_json(&memory::of_places(places).await);
+                }
+                Ok(shown)
+            }
             (None, Some(id)) => Err(CommandError::new(
                 "no-such-transfer",
                 format!("No transfer with id '{id}' has arrived"),
@@ -112,6 +118,29 @@ impl ReceiverCommands {
             // QEMU answers an empty object as long as there was no migration.
             (None, None) => Ok(json!({})),
         }
+    }
+
+    /// What is known of an attempt or the latest, and where its Regions are arriving.
+    fn seen(&self, id: Option<&Name>) -> (Option<Value>, Option<Arc<[Place]>>) {
+        let state = self.receiver.lock();
+        let wanted = |(known, _): &&(Name, Value)| id.is_none_or(|id| id == known);
+        let Some((id, shown)) = state.seen.iter().rev().find(wanted) else {
+            return (None, None);
+        };
+        let entry = state.attempts.values().find(|entry| entry.id() == id);
+        let places = entry.map(|entry| Arc::clone(entry.destinations()));
+        (Some(shown.clone()), places)
+    }
+
+    async fn query_regions(&self) -> Value {
+        let prepared = self.receiver.lock().holdings.prepared_memory();
+        let observed = match prepared.is_empty() {
+            true => Vec::new(),
+            false => memory::of_regions(prepared).await,
+        };
+        let mut state = self.receiver.lock();
+        state.holdings.observed(observed);
+        state.holdings.to_json()
     }
 
     fn region_add(&self, call: &Call) -> Result<Value, CommandError> {
@@ -183,7 +212,7 @@ impl Commands for ReceiverCommands {
             }
             "query-regions" => {
                 let Nothing {} = call.parse()?;
-                Ok(self.receiver.lock().holdings.to_json())
+                Ok(self.query_regions().await)
             }
             "blob-take" => {
                 let Transfer { id } = call.parse()?;
@@ -195,7 +224,10 @@ impl Commands for ReceiverCommands {
                 Ok(json!({}))
             }
             "migrate-continue" => self.migrate_continue(&call),
-            "query-migrate" => self.query_migrate(call.parse::<QueryMigrate>()?.id.as_ref()),
+            "query-migrate" => {
+                let QueryMigrate { id } = call.parse()?;
+                self.query_migrate(id.as_ref()).await
+            }
             "query-history" => {
                 let Nothing {} = call.parse()?;
                 Ok(self.receiver.history.latest().into())

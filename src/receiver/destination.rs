@@ -68,6 +68,17 @@ impl DestinationFile {
         })
     }
 
+    /// Has its memory come from this NUMA node as long as that has some. Not from it alone: the kernel would
+    /// rather kill a process than go elsewhere. To be called before anything is allocated.
+    pub(super) fn prefer_node(&self, node: u32) -> io::Result<()> {
+        sys::numa::prefer(self.region.mapping(), node)
+    }
+
+    /// The mapping that has the huge pages, if there are some.
+    pub(super) fn in_huge_pages(&self) -> &Arc<Mapping> {
+        self.huge.as_ref().unwrap_or_else(|| self.region.mapping())
+    }
+
     /// Where it will be once it is committed.
     pub(super) fn final_path(&self) -> &Path {
         &self.final_path

@@ -121,6 +121,11 @@ impl Entry {
             .map(|destination| destination.region().name())
     }
 
+    /// Where its Regions arrive.
+    pub(super) fn destinations(&self) -> &Arc<[Place]> {
+        &self.destinations
+    }
+
     pub(super) fn id(&self) -> &Name {
         &self.id
     }

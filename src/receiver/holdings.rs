@@ -20,6 +20,8 @@ use crate::name::Name;
 use crate::populate::{Populated, Populator};
 use crate::region::{Access, Region, RegionError};
 
+use super::memory::Observed;
+
 /// A connection that registered memory.
 #[derive(Debug, Clone)]
 pub(super) struct Client {
@@ -63,6 +65,8 @@ pub(super) struct Holding {
     /// The last attempt that had it.
     attempt: Option<Name>,
     taken: bool,
+    /// What its memory was when it was looked at last.
+    memory: Value,
 }
 
 #[derive(Debug)]
@@ -132,6 +136,7 @@ impl Holdings {
             stage: Stage::Ready,
             attempt: None,
             taken: false,
+            memory: json!({}),
         };
         self.known.insert(name, holding);
         Ok(())
@@ -215,6 +220,7 @@ impl Holdings {
             stage: Stage::Committed,
             attempt: None,
             taken: false,
+            memory: json!({}),
         };
         self.known.insert(name, holding);
     }
@@ -241,6 +247,24 @@ impl Holdings {
             }
         }
         asked
+    }
+
+    /// The memory that was prepared, to be looked at.
+    pub(super) fn prepared_memory(&self) -> Vec<Arc<Region>> {
+        let memory = |holding: &Holding| match &holding.source {
+            Source::File(_) => None,
+            Source::Prepared { region, .. } => Some(Arc::clone(region)),
+        };
+        self.known.values().filter_map(memory).collect()
+    }
+
+    /// What memory turned out to be.
+    pub(super) fn observed(&mut self, observed: Observed) {
+        for (name, memory) in observed {
+            if let Some(holding) = self.known.get_mut(&name) {
+                holding.memory = memory;
+            }
+        }
     }
 
     /// The answer of `query-regions`.
@@ -272,6 +296,9 @@ impl Holdings {
                     shown["page-size"] = json!(region.page_size());
                     shown["confirm"] = json!(confirm);
                 }
+            }
+            for key in ["page-sizes", "numa-nodes"] {
+                shown[key] = holding.memory[key].clone();
             }
             shown["prepared"] = json!(matches!(holding.source, Source::Prepared { .. }));
             shown

@@ -15,17 +15,21 @@ mod destination;
 mod entry;
 mod error;
 mod holdings;
+mod memory;
 mod prepared;
 mod questions;
 mod readers;
 
 use std::collections::HashMap;
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::sched::CpuSet;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use crate::affinity;
 use crate::config::{ReceiveConfig, ReceiverConfig, load_receiver};
 use crate::control::{EventBus, Server};
 use crate::daemon::{self, DaemonError};
@@ -40,12 +44,15 @@ use admission::Obligations;
 use blob::Blobs;
 use entry::Entry;
 use holdings::Holdings;
+use memory::Observed;
 use questions::Questions;
 
 /// Everything the receiver's tasks share.
 #[derive(Debug)]
 struct Receiver {
     config: ReceiveConfig,
+    /// Where the threads of streams run; `None` is anywhere.
+    cpus: Option<CpuSet>,
     journal: Journal,
     boot_id: BootId,
     events: EventBus,
@@ -131,6 +138,15 @@ impl Receiver {
         self.events.publish_to_others(&owners, "MIGRATION", event);
     }
 
+    /// Keeps what the memory of an attempt that has ended turned out to be.
+    fn remember(&self, id: &Name, observed: Observed) {
+        let mut state = self.lock();
+        if let Some((_, shown)) = state.seen.iter_mut().find(|(known, _)| known == id) {
+            shown["memory"] = memory::to_json(&observed);
+        }
+        state.holdings.observed(observed);
+    }
+
     /// Who owns the Regions of an attempt. Without a commit record the answer is "not this receiver",
     /// and it is made true for ever before it is given (rule 4).
     fn owner(&self, nonce: Hex128, asked_boot: &BootId) -> std::io::Result<Owner> {
@@ -205,6 +221,11 @@ async fn serve(config: ReceiverConfig) -> Result<(), DaemonError> {
         "make receive.directory {}",
         directory.display()
     )))?;
+    let numa_node = config.receive.check_numa_node();
+    numa_node.map_err(DaemonError::setup("take memory from receive.numa-node"))?;
+    let cpus = affinity::chosen(&config.receive.cpus)
+        .map_err(io::Error::other)
+        .map_err(DaemonError::setup("run streams on receive.cpus"))?;
     let runtime = &config.state.runtime_directory;
     let journal = Journal::open(runtime).map_err(DaemonError::setup(format!(
         "keep records in state.runtime-directory {}",
@@ -215,6 +236,7 @@ async fn serve(config: ReceiverConfig) -> Result<(), DaemonError> {
             "read the boot id and the journal's identity",
         ))?,
         config: config.receive,
+        cpus,
         journal,
         events: EventBus::new(),
         history: History::open(&config.state.directory, "receiver"),

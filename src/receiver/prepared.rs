@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::limits::PACKET_PAGES_MAX;
 use crate::pages::PageRange;
-use crate::region::Region;
+use crate::region::{Mapping, Region};
 use crate::stream::Destination;
 use crate::sys::msg::{IovBuf, readv};
 
@@ -29,6 +29,14 @@ impl Place {
         match self {
             Self::New(file) => Some(file),
             Self::Prepared(_) => None,
+        }
+    }
+
+    /// The mapping that has the huge pages, if there are some.
+    pub(super) fn in_huge_pages(&self) -> &Arc<Mapping> {
+        match self {
+            Self::New(file) => file.in_huge_pages(),
+            Self::Prepared(memory) => memory.region.mapping(),
         }
     }
 }

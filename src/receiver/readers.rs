@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use nix::sched::CpuSet;
 use tokio::sync::mpsc;
 
+use crate::affinity;
 use crate::channel::{Patience, SocketChannel};
 use crate::peer::{self, Connection};
 use crate::stream::{IncomingSetup, IncomingStream, StreamError};
@@ -22,6 +24,7 @@ pub(super) type StreamEnd = (u16, Result<(), StreamError>);
 #[derive(Debug)]
 pub(super) struct Readers {
     wake: Wake,
+    cpus: Option<CpuSet>,
     /// Threads that were started since the last end.
     started: usize,
     /// Those of them that have not said their last word.
@@ -31,11 +34,12 @@ pub(super) struct Readers {
 }
 
 impl Readers {
-    /// None yet.
-    pub(super) fn new() -> io::Result<Self> {
+    /// None yet; all of them will run on these CPUs, or on any.
+    pub(super) fn new(cpus: Option<CpuSet>) -> io::Result<Self> {
         let (report_end, ends) = mpsc::unbounded_channel();
         Ok(Self {
             wake: Wake::new()?,
+            cpus,
             started: 0,
             at_work: 0,
             ends,
@@ -63,8 +67,10 @@ impl Readers {
             end: Err(StreamError::Ended),
             report: self.report_end.clone(),
         };
+        let cpus = self.cpus;
         let run = move || {
             let _ = set_slice(Slice::Usual);
+            affinity::keep_to(cpus);
             last_word.end = incoming.run();
             // Whoever hears it may rely on the memory being let go of.
             drop(incoming);

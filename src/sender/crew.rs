@@ -6,13 +6,13 @@ use std::sync::mpsc as jobs;
 use std::thread;
 use std::time::Duration;
 
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
+use nix::sched::CpuSet;
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
+use crate::affinity;
 use crate::channel::{self, Engine, Opened, Patience, SocketChannel};
-use crate::config::{CpuList, ZeroCopyMode};
+use crate::config::ZeroCopyMode;
 use crate::dirty::Tracker;
 use crate::iteration::Plan;
 use crate::peer::{self, Connection};
@@ -20,8 +20,6 @@ use crate::stats::StreamStats;
 use crate::stream::{InFlight, Job, OutgoingStream, Pass, Report, StreamError, StreamSetup, Tell};
 use crate::sys::sched::{Slice, set_slice};
 use crate::sys::wake::Wake;
-
-use super::error::TransferError;
 
 /// What a stream's thread leaves: packets without an acknowledgement, once all memory is back.
 type Left = io::Result<Vec<InFlight>>;
@@ -130,10 +128,7 @@ impl Crew {
             .name(format!("mf-send-{index}"))
             .spawn(move || {
                 let _ = set_slice(Slice::Usual);
-                // The list was checked when the attempt began. CPUs that have gone since are no reason to fail.
-                if let Some(Err(error)) = cpus.map(|cpus| sched_setaffinity(THIS_THREAD, &cpus)) {
-                    tracing::warn!(%error, "a stream runs on any CPU: its affinity could not be set");
-                }
+                affinity::keep_to(cpus);
                 work(stream, &next, &report)
             })?;
         self.members.push(Member {
@@ -205,34 +200,6 @@ fn join(members: Vec<Member>) -> Ended {
         .map(|(stream, left)| Ok((stream, left?)))
         .collect()
 }
-
-/// The CPUs that streams may run on, out of those that we may: `None` if any will do.
-pub(super) fn affinity(list: &CpuList) -> Result<Option<CpuSet>, TransferError> {
-    if list.is_any() {
-        return Ok(None);
-    }
-    let ours = sched_getaffinity(THIS_THREAD)
-        .map_err(|error| TransferError::local("ask for the CPUs of this process")(error.into()))?;
-    let usable: Vec<_> = (0..CpuSet::count())
-        .filter(|&cpu| ours.is_set(cpu).unwrap_or(false))
-        .collect();
-    let chosen = list.choose(&usable);
-    if chosen.is_empty() {
-        return Err(TransferError::NoCpu {
-            list: list.clone(),
-            usable,
-        });
-    }
-    let mut set = CpuSet::new();
-    for cpu in chosen {
-        // Every one of them was in a set of the same size.
-        let _ = set.set(cpu);
-    }
-    Ok(Some(set))
-}
-
-/// Who asks, in the words of sched_setaffinity(2).
-const THIS_THREAD: Pid = Pid::from_raw(0);
 
 /// A stream's thread: does jobs until there are none or one fails.
 fn work(

@@ -10,7 +10,6 @@ use tokio::task::spawn_blocking;
 
 use crate::dirty::{Tracker, TrackerError};
 use crate::iteration::{Plan, Run};
-use crate::limits::PAGE_BYTES;
 use crate::pages::PageSet;
 use crate::region::{Region, RegionError};
 use crate::stream::Owed;
@@ -57,11 +56,6 @@ impl Debt {
     /// Pages owed, over all Regions.
     pub(super) fn pages(&self) -> u64 {
         self.owed.count()
-    }
-
-    /// Bytes owed; a Region's last page counts in full.
-    pub(super) fn bytes(&self) -> u64 {
-        self.pages() * PAGE_BYTES
     }
 
     /// Tells the trackers that everything is owed, before the first page is read: from here on no

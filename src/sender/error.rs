@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::config::CpuList;
+use crate::affinity::AffinityError;
 use crate::dirty::TrackerError;
 use crate::freeze::FreezeError;
 use crate::limits::BLOB_BYTES_MAX;
@@ -85,8 +85,8 @@ pub(super) enum TransferError {
     BlobUnread { source: io::Error },
     #[error("the final blob is longer than {BLOB_BYTES_MAX} bytes")]
     BlobTooLarge,
-    #[error("no CPU of cpus = \"{list}\" is one that the sender may use: it may use {usable:?}")]
-    NoCpu { list: CpuList, usable: Vec<usize> },
+    #[error(transparent)]
+    NoCpu(#[from] AffinityError),
     #[error("the receiver said {0} where the protocol has no place for it")]
     OutOfPlace(String),
     #[error("cannot {doing}: {source}")]
@@ -119,7 +119,7 @@ impl TransferError {
             Self::CannotThrottle { .. } => "cannot-throttle",
             Self::BlobUnread { .. } => "blob-read",
             Self::BlobTooLarge => "too-large",
-            Self::NoCpu { .. } => "no-such-cpu",
+            Self::NoCpu(_) => "no-such-cpu",
             Self::OutOfPlace(_) => "protocol",
             Self::SenderDied | Self::Local { .. } => "sender-failed",
         }

@@ -24,6 +24,8 @@ pub(super) struct Inspector {
     pub(super) payload: Vec<u8>,
     /// What the last piece turned out to be.
     pub(super) table: Table,
+    /// Its pages that were to be compared and are what the receiver has.
+    pub(super) unchanged: Vec<PageRange>,
     /// Bytes that were read for it.
     pub(super) read_bytes: u64,
 }
@@ -45,6 +47,7 @@ impl Inspector {
             keeps: false,
             payload: Vec::new(),
             table: Table::default(),
+            unchanged: Vec::new(),
             read_bytes: 0,
         }
     }
@@ -64,6 +67,7 @@ impl Inspector {
     ) -> Result<(), RegionError> {
         self.table.clear();
         self.payload.clear();
+        self.unchanged.clear();
         self.read_bytes = 0;
         for &(range, look) in &piece.runs {
             if look == Look::Hole {
@@ -84,15 +88,12 @@ impl Inspector {
             for block in blocks(range) {
                 let bytes = read(region, block, &mut self.buffer)?;
                 self.read_bytes += bytes.len() as u64;
-                add_block(
-                    &mut self.table,
-                    block,
-                    bytes,
-                    look,
-                    fingerprints,
-                    self.integrity,
-                    self.keeps.then_some(&mut self.payload),
-                );
+                let found = Found {
+                    table: &mut self.table,
+                    unchanged: &mut self.unchanged,
+                    kept: self.keeps.then_some(&mut self.payload),
+                };
+                add_block(found, block, bytes, look, fingerprints, self.integrity);
             }
         }
         Ok(())
@@ -135,16 +136,27 @@ fn is_mapped(region: &Region, range: PageRange) -> Result<bool, RegionError> {
     Ok(region.is_mapped(range))
 }
 
-/// Sorts the pages of one block into runs, and adds those to `table`.
+/// Where what was found goes.
+struct Found<'a> {
+    table: &'a mut Table,
+    unchanged: &'a mut Vec<PageRange>,
+    kept: Option<&'a mut Vec<u8>>,
+}
+
+/// Sorts the pages of one block into runs, and adds those to what was found.
 fn add_block(
-    table: &mut Table,
+    found: Found<'_>,
     block: PageRange,
     bytes: &[u8],
     look: Look,
     fingerprints: Option<&Fingerprints>,
     integrity: bool,
-    mut kept: Option<&mut Vec<u8>>,
 ) {
+    let Found {
+        table,
+        unchanged,
+        mut kept,
+    } = found;
     let mut verdicts = (block.first..)
         .zip(bytes.chunks(PAGE_LEN))
         .map(|(page, bytes)| judge(page, bytes, look, fingerprints))
@@ -168,6 +180,7 @@ fn add_block(
             kept.extend_from_slice(bytes);
         }
         match verdict {
+            Verdict::Unchanged if look == Look::Compare => unchanged.push(run),
             Verdict::Unchanged => {}
             Verdict::Zero => table.push(run, ExtentKind::Zero),
             Verdict::Data if integrity => table.push_block(run, crc32c(bytes)),
@@ -184,7 +197,7 @@ fn judge(page: u64, bytes: &[u8], look: Look, fingerprints: Option<&Fingerprints
         Some(table) => table.update(page, bytes),
     };
     match (look, change) {
-        (Look::Inspect, Change::Same) => Verdict::Unchanged,
+        (Look::Inspect | Look::Compare, Change::Same) => Verdict::Unchanged,
         _ if zero => Verdict::Zero,
         _ => Verdict::Data,
     }
@@ -365,6 +378,26 @@ mod tests {
         file.write_all_at(&[0; PAGE_LEN], PAGE_LEN as u64).unwrap();
         assert_eq!(sent(Look::Inspect), [(1, 1, ExtentKind::Zero)]);
         assert_eq!(sent(Look::Inspect), []);
+    }
+
+    #[test]
+    fn what_was_compared_and_is_the_same_is_named() {
+        let (file, region) = region(&[7; 20 * PAGE_LEN]);
+        let fingerprints = Fingerprints::new(20).unwrap();
+        let mut inspector = Inspector::new(true);
+        let mut look = |look| {
+            inspector
+                .inspect(&region, Some(&fingerprints), &piece(20, look))
+                .unwrap();
+            let named = inspector.unchanged.iter();
+            let named = named.map(|run| (run.first, run.count)).collect::<Vec<_>>();
+            (kinds(&inspector.table), named)
+        };
+        assert_eq!(look(Look::Owed).1, []);
+        file.write_all_at(b"x", 2 * PAGE_LEN as u64).unwrap();
+        let sent = vec![(2, 1, ExtentKind::Data)];
+        assert_eq!(look(Look::Compare), (sent, vec![(0, 2), (3, 13), (16, 4)]));
+        assert_eq!(look(Look::Inspect), (vec![], vec![]));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::channel::{Channel, Engine, Flush, Opened, Shutdown, WriteFlags, writev_all};
 use crate::dirty::Tracker;
-use crate::iteration::{Piece, Plan};
+use crate::iteration::{Look, Piece, Plan};
 use crate::region::{Region, Span};
 use crate::stats::StreamStats;
 use crate::wire::{
@@ -54,6 +54,10 @@ pub struct Report {
     pub stream: u16,
     /// Pages sent, or in a check found changed.
     pub pages: u64,
+    /// Pages that were owed unless the receiver has them, and compared.
+    pub compared: u64,
+    /// Those of them that it has.
+    pub unchanged: u64,
     /// Payload bytes sent.
     pub payload_bytes: u64,
     /// Bytes of memory read to be sent or compared.
@@ -174,6 +178,8 @@ impl OutgoingStream {
                 self.setup.owed.add(self.piece.region, found);
             }
             report.pages += pages;
+            report.compared += self.piece.pages(Look::Compare);
+            report.unchanged += self.settle_unchanged();
             if pages > 0 && job.pass != Pass::Check {
                 let started = Instant::now();
                 report.payload_bytes += self.send(job)?;
@@ -211,6 +217,18 @@ impl OutgoingStream {
             })
         };
         Ok(self.window.into_packets().filter_map(in_flight).collect())
+    }
+
+    /// What was written since the receiver got it, and is still the same, is paid.
+    fn settle_unchanged(&self) -> u64 {
+        let unchanged = &self.inspector.unchanged;
+        if unchanged.is_empty() {
+            return 0;
+        }
+        self.setup.owed.pay(self.piece.region, unchanged, &[]);
+        let pages = unchanged.iter().map(|run| run.count).sum();
+        self.stats.unchanged_pages.add(pages);
+        pages
     }
 
     /// Sends the packet the inspector holds; gives its payload bytes.

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use super::{Options, WorkloadError};
 use crate::config::units::Size;
 use crate::region::{Access, Mapping};
 use crate::sys::file::{advise_huge_pages, populate};
+use crate::sys::smaps::Seen;
 
 /// The size of a huge page on the machines that this is for.
 pub(super) const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -125,11 +127,19 @@ impl Memory {
             .ok_or_else(|| WorkloadError::Options(format!("page {page} is outside the memory")))
     }
 
+    /// What a page holds.
+    pub(super) fn read(&self, page: u64) -> Result<[u8; STAMPED_BYTES], WorkloadError> {
+        let mut bytes = [0; STAMPED_BYTES];
+        let read = self
+            .file
+            .read_exact_at(&mut bytes, page * STAMPED_BYTES as u64);
+        read.map_err(failed("read", &self.path))?;
+        Ok(bytes)
+    }
+
     /// How much of it is mapped by huge pages, as the kernel says.
     pub(super) fn huge_bytes(&self) -> io::Result<u64> {
-        let start = self.mapping.address().map_or(0, |base| base.addr().get());
-        let maps = std::fs::read_to_string("/proc/self/smaps")?;
-        Ok(huge_bytes_at(&maps, start))
+        Ok(Seen::now()?.huge_bytes(&self.mapping))
     }
 }
 
@@ -158,25 +168,6 @@ fn chosen(words: &str) -> &str {
     rest.split(']').next().unwrap_or_default()
 }
 
-/// Bytes of the mapping that begins at `start` which huge pages map, according to `smaps`.
-fn huge_bytes_at(smaps: &str, start: usize) -> u64 {
-    let first = format!("{start:x}-");
-    let mut lines = smaps.lines().skip_while(|line| {
-        // The kernel writes at least eight digits.
-        !line.trim_start_matches('0').starts_with(&first)
-    });
-    lines.next();
-    let fields = lines.map_while(|line| line.split_once(':').filter(|(key, _)| !key.contains('-')));
-    let huge = fields.filter(|(key, _)| {
-        matches!(
-            *key,
-            "ShmemPmdMapped" | "FilePmdMapped" | "Shared_Hugetlb" | "Private_Hugetlb"
-        )
-    });
-    let kib = huge.filter_map(|(_, value)| value.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kib.sum::<u64>() * 1024
-}
-
 fn failed(what: &str, name: &impl std::fmt::Display) -> impl FnOnce(io::Error) -> WorkloadError {
     let what = format!("cannot {what} {name}");
     move |source| WorkloadError::Memory { what, source }
@@ -185,26 +176,6 @@ fn failed(what: &str, name: &impl std::fmt::Display) -> impl FnOnce(io::Error) -
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn huge_pages_are_counted_in_the_right_mapping() {
-        let smaps = "\
-00400000-00600000 rw-s 00000000 00:01 12  /memfd:x (deleted)
-Size:               2048 kB
-ShmemPmdMapped:     2048 kB
-VmFlags: rd wr sh
-7f0000000000-7f0000400000 rw-s 00000000 00:01 13  /a: b-c
-Size:               4096 kB
-FilePmdMapped:         0 kB
-ShmemPmdMapped:        0 kB
-Private_Hugetlb:    4096 kB
-7f0000400000-7f0000800000 rw-s 00000000 00:01 14
-ShmemPmdMapped:     8192 kB
-";
-        assert_eq!(huge_bytes_at(smaps, 0x0040_0000), 2 << 20);
-        assert_eq!(huge_bytes_at(smaps, 0x7f00_0000_0000), 4 << 20);
-        assert_eq!(huge_bytes_at(smaps, 0x7f00_0000_1000), 0);
-    }
 
     #[test]
     fn the_chosen_word_is_the_one_in_brackets() {

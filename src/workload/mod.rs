@@ -28,7 +28,7 @@ use register::Registered;
 pub use account::{Account, Newest};
 pub use check::{Difference, Differences, newest_stamp, verify};
 pub use pacer::Pacer;
-pub use pattern::{Choice, Pattern};
+pub use pattern::{Choice, Pattern, Put};
 pub use register::{Registration, TrackerChoice};
 pub use stamp::{Content, STAMPED_BYTES, Stamp};
 
@@ -200,11 +200,11 @@ pub fn run(
         for _ in 0..pacer.due(Instant::now()) {
             sequence += 1;
             let choice = options.pattern.choose(sequence, pages, options.seed);
-            let newest = match choice.zeros {
-                true => Newest::Zeros(sequence),
-                false => Newest::Stamp(sequence),
-            };
-            writer.write(choice.page, newest)?;
+            match choice.put {
+                Put::Stamp => writer.write(choice.page, Newest::Stamp(sequence))?,
+                Put::Zeros => writer.write(choice.page, Newest::Zeros(sequence))?,
+                Put::Same => writer.write_same(choice.page)?,
+            }
         }
     }
     Ok(stopped(out, sequence))
@@ -282,6 +282,15 @@ impl Writer {
             account: account.transpose()?,
             registered: None,
         })
+    }
+
+    /// Writes to a page what it holds. The account need not know.
+    fn write_same(&self, page: u64) -> Result<(), WorkloadError> {
+        self.memory.write(page, &self.memory.read(page)?)?;
+        if let Some(registered) = &self.registered {
+            registered.written(page);
+        }
+        Ok(())
     }
 
     /// Writes a page, and says so to whoever wants to know.

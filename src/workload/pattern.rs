@@ -19,6 +19,20 @@ pub enum Pattern {
     Append,
     /// As loop, but every second time a page gets nothing but zeros.
     Zero,
+    /// As loop, but seven times of eight a page gets what it holds already, as from a program that
+    /// computes the same again.
+    Rewrite,
+}
+
+/// What a write puts into a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Put {
+    /// A stamp of its own.
+    Stamp,
+    /// Nothing but zeros.
+    Zeros,
+    /// What is there.
+    Same,
 }
 
 /// One write.
@@ -26,9 +40,12 @@ pub enum Pattern {
 pub struct Choice {
     /// Which page of the working set.
     pub page: u64,
-    /// Whether it gets zeros and not a stamp.
-    pub zeros: bool,
+    /// What it gets.
+    pub put: Put,
 }
+
+/// In so many rounds every page gets something new once.
+const REWRITE_ROUNDS: u64 = 8;
 
 /// Spreads the popular pages over the working set. A prime, so that no two come to lie on each other.
 const SCATTER: u128 = 2_654_435_761;
@@ -41,7 +58,7 @@ impl Pattern {
         let nth = sequence - 1;
         let random = mix(seed ^ mix(sequence));
         let page = match self {
-            Self::Loop | Self::Append | Self::Zero => nth % pages,
+            Self::Loop | Self::Append | Self::Zero | Self::Rewrite => nth % pages,
             Self::Random => random % pages,
             Self::Zipf => {
                 let scattered = u128::from(zipf_rank(random, pages)) * SCATTER;
@@ -49,10 +66,13 @@ impl Pattern {
                 u64::try_from(page).unwrap_or(0) // Less than `pages`.
             }
         };
-        Choice {
-            page,
-            zeros: self == Self::Zero && (nth / pages).is_multiple_of(2),
-        }
+        let round = nth / pages;
+        let put = match self {
+            Self::Zero if round.is_multiple_of(2) => Put::Zeros,
+            Self::Rewrite if !(page + round).is_multiple_of(REWRITE_ROUNDS) => Put::Same,
+            _ => Put::Stamp,
+        };
+        Choice { page, put }
     }
 
     /// Whether the working set is filled before the first write.
@@ -78,12 +98,13 @@ mod tests {
 
     use super::*;
 
-    const ALL: [Pattern; 5] = [
+    const ALL: [Pattern; 6] = [
         Pattern::Loop,
         Pattern::Random,
         Pattern::Zipf,
         Pattern::Append,
         Pattern::Zero,
+        Pattern::Rewrite,
     ];
 
     fn counts(pattern: Pattern, pages: u64, writes: u64) -> HashMap<u64, u64> {
@@ -131,11 +152,22 @@ mod tests {
 
     #[test]
     fn a_page_gets_zeros_and_stamps_in_turn() {
-        let zeros = |n| Pattern::Zero.choose(n, 3, 9).zeros;
-        let seen: Vec<bool> = (1..=9).map(zeros).collect();
-        let want = [true, true, true, false, false, false, true, true, true];
+        let put = |n| Pattern::Zero.choose(n, 3, 9).put;
+        let seen: Vec<Put> = (1..=9).map(put).collect();
+        let want = [[Put::Zeros; 3], [Put::Stamp; 3], [Put::Zeros; 3]].concat();
         assert_eq!(seen, want);
-        assert!((1..100).all(|n| !Pattern::Random.choose(n, 3, 9).zeros));
+        assert!((1..100).all(|n| Pattern::Random.choose(n, 3, 9).put == Put::Stamp));
+    }
+
+    #[test]
+    fn most_writes_of_rewrite_are_the_same_again_and_every_page_changes_at_last() {
+        let writes = (1..=16 * 8).map(|n| Pattern::Rewrite.choose(n, 16, 9));
+        let new: Vec<u64> = writes
+            .filter(|choice| choice.put == Put::Stamp)
+            .map(|choice| choice.page)
+            .collect();
+        assert_eq!(new.len(), 16);
+        assert!((0..16).all(|page| new.contains(&page)));
     }
 
     #[test]

@@ -522,3 +522,18 @@ pub(crate) fn ended(output: &Output) -> (Option<i32>, String) {
         String::from_utf8_lossy(&text).into_owned(),
     )
 }
+
+/// `Cpus_allowed_list` of every thread whose name begins so, as in proc_pid_status(5).
+pub(crate) fn cpus_of_streams(pid: i32, threads: &str) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let statuses =
+        tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap());
+    let streams = statuses.filter(|status| status.starts_with(&format!("Name:\t{threads}")));
+    let cpus = |status: String| {
+        let lines = status.lines();
+        lines
+            .filter_map(|line| line.strip_prefix("Cpus_allowed_list:\t"))
+            .collect()
+    };
+    streams.map(cpus).collect()
+}

@@ -132,6 +132,8 @@ fn parameters(random: &mut Random, tracker: Tracker) -> Value {
     // Without checksums only exact trackers find what was torn.
     if !matches!(tracker, Tracker::Scan) && random.one_in(4) {
         parameters["integrity"] = json!("off");
+    } else if random.one_in(2) {
+        parameters["skip-unchanged"] = json!(true);
     }
     if random.one_in(8) {
         parameters["max-bandwidth"] = json!("64MiB/s");

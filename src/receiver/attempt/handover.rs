@@ -15,6 +15,7 @@ use super::super::admission::Refusal;
 use super::super::blob::KeptBlob;
 use super::super::destination::{self, Hidden};
 use super::super::error::AttemptError;
+use super::super::memory;
 use super::super::prepared::Place;
 use super::super::readers::Readers;
 use super::{Attempt, REASON_WAIT, accepted, failure, hear, unexpected};
@@ -130,6 +131,7 @@ impl Attempt {
             let desc = "this attempt was decided before, and not in favour of this receiver";
             return Err(Refusal::new("refused", desc).into());
         }
+        let places = Arc::clone(&accepted.setup.destinations);
         let hidden = accepted.hidden.take();
         hidden.into_iter().flatten().for_each(Hidden::keep);
         destination::roll_forward(&ready.moves);
@@ -141,6 +143,9 @@ impl Attempt {
         // The sender hangs up when it has heard. Unmapping the memory here takes milliseconds per GiB,
         // and on few cores they would be part of its downtime.
         let _ = timeout(REASON_WAIT, self.talk.hear()).await;
+        // The last moment at which it is mapped here.
+        let observed = memory::of_places(places).await;
+        self.receiver.remember(&self.id, observed);
         Ok(())
     }
 

@@ -39,6 +39,7 @@ impl Attempt {
                 "normal": self.sum(|s| s.normal_pages.get()),
                 "normal-bytes": self.sum(|s| s.normal_bytes.get()),
                 "duplicate": self.sum(|s| s.duplicate_pages.get()),
+                "unchanged": self.sum(|s| s.unchanged_pages.get()),
                 "mbps": mbps(per_second(transferred, total_time)),
                 "dirty-sync-count": state.iterations.len(),
                 "dirty-pages-rate": pages_per_second(state.rates.written),

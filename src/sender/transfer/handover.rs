@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use tokio::time::timeout;
 
+use crate::dirty::Tracker;
 use crate::freeze::Freezer;
 use crate::journal::CommitSent;
 use crate::limits::PAGE_BYTES;
@@ -68,7 +69,7 @@ impl Transfer {
     /// Whether writes to some Region are found by reading it.
     pub(super) fn scans(&self) -> bool {
         let mut trackers = self.debt.sources().iter().map(|(_, tracker)| tracker);
-        trackers.any(|tracker| tracker.fingerprints().is_some())
+        trackers.any(Tracker::is_scan)
     }
 
     /// Reads once more what is tracked by reading: what was frozen must not have written.

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
+use crate::affinity;
 use crate::config::{FreezeConfig, Integrity, TransferParameters, WhenNotConverging};
 use crate::dirty::Tracker;
 use crate::endpoint::Endpoint;
@@ -29,7 +30,7 @@ use crate::wire::{BootId, FromReceiver, FromSender, Hex128, StreamTotals, Token}
 use blob::{Blob, Spent};
 use recovery::Clock;
 
-use super::crew::{Crew, REASON_WAIT, affinity};
+use super::crew::{Crew, REASON_WAIT};
 use super::debt::{Debt, Source};
 use super::error::TransferError;
 use super::registry::{Registered, Tracking};
@@ -91,6 +92,8 @@ pub(super) struct Transfer {
     remaining_before: u64,
     /// Pages that the last Iteration found changed by reading them.
     changed_pages: u64,
+    /// Of the pages that were compared last, the share that had changed.
+    changed_share: f64,
     inspect_bytes_per_second: u64,
     rates: Rates,
     /// How long the last Iteration took.
@@ -133,6 +136,10 @@ impl Transfer {
                 Tracking::Scan => {
                     Tracker::scan(&region).map_err(TransferError::local("make fingerprints"))?
                 }
+                Tracking::Exact(exact) if parameters.skip_unchanged => {
+                    Tracker::comparing(Arc::clone(exact), &region)
+                        .map_err(TransferError::local("make fingerprints"))?
+                }
                 Tracking::Exact(exact) => Tracker::exact(Arc::clone(exact)),
             };
             Ok((region, tracker))
@@ -140,7 +147,7 @@ impl Transfer {
         let sources: Arc<[Source]> = order.regions.iter().map(source).collect::<Result<_, _>>()?;
         let nonce = Hex128::random().map_err(TransferError::local("make a nonce"))?;
         let standstill = Standstill::new(nonce, Arc::clone(&attempt), Arc::clone(&order.guardian));
-        let cpus = affinity(&parameters.cpus)?;
+        let cpus = affinity::chosen(&parameters.cpus)?;
         let slowdown = match parameters.when_not_converging {
             WhenNotConverging::Throttle => {
                 let guardian = Arc::clone(&order.guardian);
@@ -163,6 +170,7 @@ impl Transfer {
             caught_up: false,
             remaining_before: u64::MAX,
             changed_pages: 0,
+            changed_share: 1.0,
             inspect_bytes_per_second: 0,
             rates: Rates::default(),
             time_before: Duration::ZERO,

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::config::{FreezeConfig, WhenNotConverging};
+use crate::dirty::Tracker;
 use crate::iteration::{Next, Plan, State};
 use crate::limits::PAGE_BYTES;
-use crate::rates::{Smoothed, Verdict};
+use crate::rates::Verdict;
 use crate::region::RegionError;
 use crate::stream::{Pass, Report};
 
@@ -23,14 +24,15 @@ impl Transfer {
         }
         let mut inspect_bytes = 0;
         for (region, tracker) in self.debt.sources().iter() {
-            inspect_bytes += tracker.inspect_bytes(region)?;
+            inspect_bytes +=
+                tracker.inspect_bytes(region)? + tracker.comparable_pages() * PAGE_BYTES;
         }
         let state = State {
             iterations: self.passes,
             remaining_bytes: self.remaining_bytes()?,
             remaining_bytes_before: self.remaining_before,
             inspect_bytes,
-            bytes_per_second: whole(self.rates.sent),
+            bytes_per_second: whole(self.rates.sent.get().unwrap_or(0.0)),
             inspect_bytes_per_second: self.inspect_bytes_per_second,
             round_trip: self.round_trip,
         };
@@ -78,10 +80,15 @@ impl Transfer {
         }
     }
 
-    /// What is still to be sent, as far as anyone can know: the debt, and for Regions whose writes are
-    /// found by reading, as much as the last Iteration found.
+    /// What is still to be sent, as far as anyone can know: the debt, but of what is to be compared only
+    /// the share that had changed before; and for Regions whose writes are found by reading, as much as
+    /// the last Iteration found.
     fn remaining_bytes(&self) -> Result<u64, RegionError> {
-        let mut bytes = self.debt.bytes() + self.changed_pages * PAGE_BYTES;
+        let trackers = self.debt.sources().iter().map(|(_, tracker)| tracker);
+        let compared: u64 = trackers.map(Tracker::comparable_pages).sum();
+        let unchanged = whole(float(compared) * (1.0 - self.changed_share));
+        let pages = self.debt.pages().saturating_sub(unchanged) + self.changed_pages;
+        let mut bytes = pages * PAGE_BYTES;
         if self.passes == 1 {
             // The first pass sent everything and so could find nothing: all of it may have changed.
             for ((region, tracker), registered) in
@@ -123,8 +130,13 @@ impl Transfer {
         self.passes += u32::from(all);
 
         let time = started.elapsed();
-        let pages: u64 = reports.iter().map(|report| report.pages).sum();
-        self.changed_pages = pages.saturating_sub(planned);
+        let sum = |count: fn(&Report) -> u64| reports.iter().map(count).sum::<u64>();
+        let (pages, compared) = (sum(|report| report.pages), sum(|report| report.compared));
+        let unchanged = sum(|report| report.unchanged);
+        self.changed_pages = (pages + unchanged).saturating_sub(planned);
+        if compared > 0 {
+            self.changed_share = 1.0 - float(unchanged) / float(compared);
+        }
         // Streams read side by side, so these rates add up; and what they take for reading says nothing
         // about the link.
         let read = reports
@@ -186,8 +198,10 @@ impl Transfer {
             false => 0,
         };
         if self.caught_up {
-            let pages = per_second(marked, since) + rate(found, read);
-            self.rates.written.add(float(pages * PAGE_BYTES), since);
+            // What is written with what it holds is not to be sent.
+            let marked = float(per_second(marked, since)) * self.changed_share;
+            let pages = marked + float(rate(found, read));
+            self.rates.written.add(pages * float(PAGE_BYTES), since);
         }
     }
 
@@ -229,10 +243,9 @@ fn rate(bytes: u64, time: Duration) -> u64 {
     }
 }
 
-/// A smoothed rate as a whole number, 0 if nothing was measured.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // an estimate, and never negative
-fn whole(rate: Smoothed) -> u64 {
-    rate.get().unwrap_or(0.0) as u64
+fn whole(number: f64) -> u64 {
+    number as u64
 }
 
 #[expect(clippy::cast_precision_loss)] // an estimate
