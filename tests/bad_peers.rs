@@ -168,8 +168,9 @@ fn a_sender_of_another_version_or_without_manners_is_turned_away() {
         &b"memferry"[..],
     ] {
         let mut stream = connect(&alone.uri);
-        stream.write_all(garbage).unwrap();
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        // It may hang up as soon as it has seen enough.
+        let _ = stream.write_all(garbage);
+        let _ = stream.shutdown(std::net::Shutdown::Write);
         assert!(read_preamble(&mut stream).is_none());
     }
     alone.assert_as_before();
