@@ -134,6 +134,13 @@ pub const CONTROL_EVENT_QUEUE_BYTES_MAX: usize = 256 * 1024;
 /// Longest time a receiver keeps an attempt that lost its sender, in seconds, whatever was asked for.
 pub const RECOVER_SECONDS_MAX: u64 = 60 * 60;
 
+/// Streams of a transfer that connect at the same time: each connection takes round trips.
+pub const STREAMS_CONNECTING_MAX: usize = 8;
+
+/// Callers of a receiver that have not introduced themselves: what 64 transfers, the default of
+/// `receive.max-transfers`, may have when they begin at once.
+pub const SILENT_CALLERS_MAX: usize = 64 * STREAMS_CONNECTING_MAX;
+
 /// Runs of missing pages that a receiver names when an attempt is resumed. With more of them, those that
 /// lie closest are joined.
 pub const MISSING_RUNS_MAX: usize = 8192;

@@ -18,6 +18,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::daemon::DaemonError;
 use crate::endpoint::Endpoint;
+use crate::limits::SILENT_CALLERS_MAX;
 use crate::peer::{self, Connection, Conversation, PeerError};
 use crate::wire::{FromReceiver, FromSender, Purpose, Status, WireError};
 
@@ -27,9 +28,6 @@ use super::entry::Entry;
 use super::error::AttemptError;
 
 type Talk = Conversation<FromReceiver, FromSender>;
-
-/// Callers that have not introduced themselves.
-const SILENT_CALLERS_MAX: usize = 64;
 
 /// How long a caller may take for its 64 bytes, or for the first message of a conversation.
 pub(super) const GREETING: Duration = Duration::from_secs(10);

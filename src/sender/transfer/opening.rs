@@ -3,8 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio_util::task::AbortOnDropHandle;
+
 use crate::config::{Compression, Integrity};
-use crate::peer::{self};
+use crate::limits::STREAMS_CONNECTING_MAX;
+use crate::peer::{self, Connection, PeerError};
 use crate::region::RegionError;
 use crate::stream::{Pace, StreamSetup};
 use crate::wire::{
@@ -83,7 +86,6 @@ impl Transfer {
     /// One connection and one thread per stream. If only some come up, those have to do: that is a slower
     /// transfer and not a failed one.
     pub(super) async fn open_streams(&mut self) -> Result<(), TransferError> {
-        let (token, epoch) = (self.token, self.epoch);
         let setup = StreamSetup {
             regions: Arc::clone(self.debt.sources()),
             integrity: self.parameters.integrity == Integrity::Crc32c,
@@ -93,11 +95,10 @@ impl Transfer {
             stall_timeout: self.parameters.stall_timeout,
             owed: Arc::clone(self.debt.owed()),
             wake: self.crew.wake(),
-            epoch,
+            epoch: self.epoch,
         };
-        for (stream, stats) in (0..).zip(&self.attempt.streams) {
-            let preamble = Preamble::new(Purpose::Stream(stream), token, epoch);
-            let connection = peer::connect(&self.reached, preamble, setup.stall_timeout).await;
+        let connections = self.connect_streams().await;
+        for ((stream, stats), connection) in (0..).zip(&self.attempt.streams).zip(connections) {
             let connection = match connection {
                 Ok(connection) => connection,
                 Err(error) if self.crew.len() > 0 => {
@@ -116,6 +117,38 @@ impl Transfer {
         }
         self.attempt.streams_opened(self.crew.len());
         Ok(())
+    }
+
+    /// A connection for every stream, or why there is none. Some at a time: each takes round trips.
+    async fn connect_streams(&self) -> Vec<Result<Connection, PeerError>> {
+        let (token, epoch) = (self.token, self.epoch);
+        let patience = self.parameters.stall_timeout;
+        let mut connections = Vec::new();
+        let streams: Vec<u16> = (0..self.parameters.streams).collect();
+        for some in streams.chunks(STREAMS_CONNECTING_MAX) {
+            // Begins them all before it waits for the first.
+            let connecting: Vec<_> = some
+                .iter()
+                .map(|&stream| {
+                    let preamble = Preamble::new(Purpose::Stream(stream), token, epoch);
+                    let to = self.reached.clone();
+                    let connect = async move { peer::connect(&to, preamble, patience).await };
+                    AbortOnDropHandle::new(tokio::spawn(connect))
+                })
+                .collect();
+            for connecting in connecting {
+                let panicked = |error: tokio::task::JoinError| PeerError::Lost(error.into());
+                connections.push(
+                    connecting
+                        .await
+                        .unwrap_or_else(|error| Err(panicked(error))),
+                );
+            }
+            if connections.iter().any(Result::is_err) {
+                break;
+            }
+        }
+        connections
     }
 }
 
