@@ -33,6 +33,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::{SenderConfig, TransferParameters, load_sender};
 use crate::control::{CommandError, EventBus, Server};
 use crate::daemon::{self, DaemonError};
+use crate::freeze::Stopped;
 use crate::guardian::{Asked, Guardian};
 use crate::history::History;
 use crate::journal::{self, CommitSent, Journal};
@@ -137,22 +138,46 @@ impl Sender {
         match driven {
             Ok(Outcome::Committed(record)) => {
                 self.lock().registry.release(&claim, true);
-                attempt.enter(Status::Completed);
-                resolve::finish(&record).await;
-                self.forget(&record);
+                self.handed_over(&attempt, &record).await;
             }
             Ok(Outcome::Indeterminate(record)) => {
                 // Without an answer the claim stands until the daemon ends.
                 if let Some(owner) = resolve::resolve(&attempt, &record, &self.shutdown).await {
                     let moved = owner != Owner::Source;
                     self.lock().registry.release(&claim, moved);
-                    self.forget(&record);
+                    self.settle(&attempt, &record, owner).await;
                 }
             }
             Err(error) => {
-                attempt.fail(&error);
                 self.lock().registry.release(&claim, false);
+                attempt.fail(&error);
             }
+        }
+    }
+
+    /// It is known who owns the Regions, and the registry knows it.
+    async fn settle(&self, attempt: &Attempt, record: &CommitSent, owner: Owner) {
+        if owner != Owner::Source {
+            return self.handed_over(attempt, record).await;
+        }
+        self.forget(record);
+        attempt.fail(&TransferError::Refused {
+            code: "not-owner".to_owned(),
+            desc: "the receiver does not own the regions: the writer goes on here".to_owned(),
+        });
+    }
+
+    /// The receiver owns the Regions. Who sees that finds everything done; only what the operator wants to be
+    /// done then takes its time.
+    async fn handed_over(&self, attempt: &Attempt, record: &CommitSent) {
+        let has_an_end = record.stopped.iter().any(Stopped::has_an_end);
+        if !has_an_end {
+            self.forget(record);
+        }
+        attempt.enter(Status::Completed);
+        if has_an_end {
+            resolve::finish(record).await;
+            self.forget(record);
         }
     }
 
@@ -170,14 +195,13 @@ impl Sender {
             self.add_attempt(&attempt);
             let sender = Arc::clone(self);
             let settle = async move {
-                let owner = resolve::resolve(&attempt, &record, &sender.shutdown).await;
-                if owner == Some(Owner::Destination) {
+                let resolved = resolve::resolve(&attempt, &record, &sender.shutdown).await;
+                let Some(owner) = resolved else { return };
+                if owner != Owner::Source {
                     let mut state = sender.lock();
                     state.registry.set_moved(&attempt.regions, &attempt.id);
                 }
-                if owner.is_some() {
-                    sender.forget(&record);
-                }
+                sender.settle(&attempt, &record, owner).await;
             };
             self.transfers.spawn_on(settle, &self.event_loop);
         }

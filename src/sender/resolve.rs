@@ -37,20 +37,9 @@ pub(super) async fn resolve(
             asked = ask(record, attempt.parameters.stall_timeout) => asked,
         };
         match asked {
-            Ok(Owner::Destination) => {
-                attempt.enter(Status::Completed);
-                finish(record).await;
-                return Some(Owner::Destination);
-            }
+            Ok(Owner::Destination) => return Some(Owner::Destination),
             Ok(Owner::Source) if !thaw(record).await => {}
-            Ok(Owner::Source) => {
-                attempt.fail(&TransferError::Refused {
-                    code: "not-owner".to_owned(),
-                    desc: "the receiver does not own the regions: the writer goes on here"
-                        .to_owned(),
-                });
-                return Some(Owner::Source);
-            }
+            Ok(Owner::Source) => return Some(Owner::Source),
             Ok(Owner::Unknown) if !told => {
                 tracing::error!(id = %attempt.id, "the receiver was booted since the commit and cannot know who owns the regions: look at the destination, and decide with `memferry resolve`");
                 told = true;
