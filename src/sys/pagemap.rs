@@ -270,6 +270,31 @@ mod tests {
     }
 
     #[test]
+    fn both_ways_to_ask_agree_about_what_is_present() {
+        let file = File::from(memfd_create(c"test", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len((PAGES * PAGE_LEN) as u64).unwrap();
+        let mapping = Mapping::new(&file, PAGES * PAGE_LEN - 1, Access::Write).unwrap();
+        for (first, count) in [(3, 2), (7, 1), (60, 4)] {
+            let len = (count * PAGE_LEN).min(mapping.len() - first * PAGE_LEN);
+            let span = mapping.span(first * PAGE_LEN, len).unwrap();
+            crate::sys::file::populate(&span, Access::Write).unwrap();
+        }
+        let present = |page| matches!(page, 3 | 4 | 7 | 60..64);
+        for first in 0..PAGES {
+            for end in first + 1..=PAGES {
+                let len = ((end - first) * PAGE_LEN).min(mapping.len() - first * PAGE_LEN);
+                let range = AddressRange {
+                    start: mapping.span(first * PAGE_LEN, len).unwrap().base().addr() as u64,
+                    len: len as u64,
+                };
+                let all = (first..end).all(present);
+                assert_eq!(are_present(range), all, "{first} to {end}");
+                assert_eq!(are_entries_present(&own().unwrap(), range), all);
+            }
+        }
+    }
+
+    #[test]
     fn a_mapping_cut_in_pieces_is_covered_and_one_with_a_gap_is_not() {
         let (mapping, _uffd, range) = tracked();
         let pagemap = own().unwrap();
