@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::pages::PageRange;
 use crate::region::{Mapping, Region, Span};
+use crate::sys;
 use crate::sys::uring::{BUFFER_BYTES_MAX, BUFFERS_MAX, Ring};
 
 /// A part of a source that is one registered buffer.
@@ -167,9 +168,14 @@ fn twin(region: &Region, first: usize) -> io::Result<Twin> {
                 return Err(too_many());
             }
             let as_usize = |n: u64| usize::try_from(n).map_err(|_| too_many());
+            let (start, bytes) = (as_usize(offset)?, as_usize(len)?);
+            // Registering would enter it page by page.
+            if let Some(span) = pinned.span(start, bytes) {
+                let _ = sys::file::populate(&span, pinned.access());
+            }
             parts.push(Part {
-                offset: as_usize(offset)?,
-                len: as_usize(len)?,
+                offset: start,
+                len: bytes,
                 buffer: u16::try_from(number).map_err(|_| too_many())?,
             });
             offset += len;

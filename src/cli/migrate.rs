@@ -23,6 +23,9 @@ use crate::client::{ClientError, Connection};
 /// Time between two looks at the transfer, in milliseconds. An event makes it sooner.
 const LOOK_EVERY_MS: u16 = 200;
 
+/// The same where nothing is shown: only in case the event of the end was dropped.
+const LOOK_SILENTLY_EVERY_MS: u16 = 2000;
+
 /// What the descriptor of the final blob is called towards the daemon.
 const FINAL_BLOB: &str = "final-blob";
 
@@ -253,8 +256,12 @@ impl<'a> Watch<'a> {
         if let Some(interrupts) = self.interrupts {
             fds.push(PollFd::new(interrupts.as_fd(), PollFlags::POLLIN));
         }
+        let pause = match self.progress.is_shown() {
+            true => LOOK_EVERY_MS,
+            false => LOOK_SILENTLY_EVERY_MS,
+        };
         // An interrupted wait is only a short one.
-        let _ = poll(&mut fds, PollTimeout::from(LOOK_EVERY_MS));
+        let _ = poll(&mut fds, PollTimeout::from(pause));
         self.interrupts.is_some_and(Interrupts::take)
     }
 }

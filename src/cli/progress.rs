@@ -235,6 +235,12 @@ enum Shown {
 }
 
 impl Progress {
+    /// Whether anything is.
+    #[must_use]
+    pub fn is_shown(&self) -> bool {
+        !matches!(self.0, Shown::Nothing)
+    }
+
     /// Chooses by what standard error is.
     #[must_use]
     pub fn new(mode: ProgressMode) -> Self {

@@ -1,6 +1,7 @@
 //! One read of memory serves everything: fingerprint, zero test and checksum.
 //!
-//! Where only the zero test is wanted, a page is read up to its first byte that is not zero. Else a block is copied into a cache-sized buffer and all three are computed from that copy, after the
+//! Where only the zero test is wanted, a page is read up to its first byte that is not zero, and where none was
+//! zero for long only one page of a block is looked at. Else a block is copied into a cache-sized buffer and all three are computed from that copy, after the
 //! harvest and before the page is lent. What is sent afterwards may be newer (the page is live); then
 //! the receiver's checksum differs from ours, the block counts as torn, and it stays owed. That is
 //! also what makes `scan` exact: a value that came and went between two scans arrives torn. Payload that is
@@ -8,10 +9,13 @@
 
 use crate::dirty::{Change, Fingerprints};
 use crate::iteration::{Look, Piece};
-use crate::limits::{BLOCK_LEN, PAGE_LEN};
+use crate::limits::{BLOCK_LEN, BLOCK_PAGES, PAGE_BYTES, PAGE_LEN};
 use crate::pages::PageRange;
 use crate::region::{Region, RegionError};
 use crate::wire::{ExtentKind, Table, blocks, crc32c};
+
+/// Data in a row, in bytes, after which zero pages are looked for by samples.
+const DENSE_BYTES: u64 = 32 * 1024 * 1024;
 
 /// Turns pieces into the tables of packets. One per stream; its buffers are reused.
 #[derive(Debug)]
@@ -20,6 +24,8 @@ pub(super) struct Inspector {
     buffer: Box<[u8]>,
     /// Whether the payload is copied too.
     keeps: bool,
+    /// Bytes looked at since the last zero page; only where nothing but the zero test is wanted.
+    dense_bytes: u64,
     /// The payload of the last piece as it was read, if it was kept.
     pub(super) payload: Vec<u8>,
     /// What the last piece turned out to be.
@@ -45,6 +51,7 @@ impl Inspector {
             integrity,
             buffer,
             keeps: false,
+            dense_bytes: 0,
             payload: Vec::new(),
             table: Table::default(),
             unchanged: Vec::new(),
@@ -108,18 +115,43 @@ impl Inspector {
         Ok(())
     }
 
-    /// Tells pages that are zero from others, and no more.
+    /// Tells pages that are zero from others, and no more. To touch every page costs more than sending it
+    /// without a copy, so memory that was dense for long is only sampled, until a page is zero: what is missed
+    /// is sent as data.
     fn probe(&mut self, region: &Region, range: PageRange) -> Result<(), RegionError> {
-        for first in range.first..range.end() {
-            let page = PageRange { first, count: 1 };
-            let kind = match region.is_zero_mapped(page, &mut self.buffer)? {
-                true => ExtentKind::Zero,
-                false => ExtentKind::Data,
-            };
-            self.table.push(page, kind);
+        for block in blocks(range) {
+            if self.dense_bytes >= DENSE_BYTES && !self.is_zero(region, sample(block))? {
+                self.table.push(block, ExtentKind::Data);
+                continue;
+            }
+            for first in block.first..block.end() {
+                let page = PageRange { first, count: 1 };
+                let kind = match self.is_zero(region, page)? {
+                    true => ExtentKind::Zero,
+                    false => ExtentKind::Data,
+                };
+                self.table.push(page, kind);
+            }
         }
         self.read_bytes += range.bytes(region.bytes());
         Ok(())
+    }
+
+    fn is_zero(&mut self, region: &Region, page: PageRange) -> Result<bool, RegionError> {
+        let zero = region.is_zero_mapped(page, &mut self.buffer)?;
+        self.dense_bytes = match zero {
+            true => 0,
+            false => self.dense_bytes.saturating_add(PAGE_BYTES),
+        };
+        Ok(zero)
+    }
+}
+
+/// A page of `block`: another one in the next block, so that no pattern hides its zero pages.
+fn sample(block: PageRange) -> PageRange {
+    PageRange {
+        first: block.first + block.first / BLOCK_PAGES % block.count,
+        count: 1,
     }
 }
 
@@ -282,6 +314,39 @@ mod tests {
         ]
         .map(crc32c);
         assert_eq!(inspector.table.checksums, sums);
+    }
+
+    /// That what is zero behind dense memory is found, all but what lies before the first sample of it.
+    fn finds_zero_pages(is_zero: fn(u64) -> bool) {
+        const DENSE: u64 = 10_000;
+        let mut content = Vec::new();
+        for page in 0..2 * DENSE {
+            content.resize(content.len() + PAGE_LEN, 0);
+            if page < DENSE || !is_zero(page) {
+                *content.last_mut().unwrap() = 1;
+            }
+        }
+        let (_file, region) = region(&content);
+        let mut inspector = Inspector::new(false);
+        inspector
+            .inspect(&region, None, &piece(2 * DENSE, Look::Owed))
+            .unwrap();
+        let found: Vec<u64> = kinds(&inspector.table)
+            .into_iter()
+            .filter(|(_, _, kind)| *kind == ExtentKind::Zero)
+            .flat_map(|(first, count, _)| first..first + count)
+            .collect();
+        assert!(found.iter().all(|page| *page >= DENSE && is_zero(*page)));
+        // Sixteen blocks at most until a page of them is sampled that is zero.
+        let expected = (DENSE + 17 * BLOCK_PAGES..2 * DENSE).filter(|page| is_zero(*page));
+        assert!(found.len() >= expected.count(), "{} found", found.len());
+    }
+
+    #[test]
+    fn zero_pages_are_found_again_in_memory_that_was_dense() {
+        finds_zero_pages(|_| true);
+        finds_zero_pages(|page| page % 16 != 0);
+        finds_zero_pages(|page| page % 16 == 5);
     }
 
     #[test]

@@ -42,8 +42,10 @@ pub fn advise_huge_pages(mapping: &Mapping) {
 /// a SIGBUS; and before Linux 5.14.
 pub fn populate(span: &Span<'_>, access: Access) -> io::Result<()> {
     let advice = match access {
-        Access::Read => MmapAdvise::MADV_POPULATE_READ,
-        Access::Write | Access::Pin => MmapAdvise::MADV_POPULATE_WRITE,
+        // Memory to be pinned is there already, and is entered writable by a read, too: by sixteen pages at a
+        // time, where a write enters one.
+        Access::Read | Access::Pin => MmapAdvise::MADV_POPULATE_READ,
+        Access::Write => MmapAdvise::MADV_POPULATE_WRITE,
     };
     let Some(base) = NonNull::new(span.base().cast_mut().cast()).filter(|_| !span.is_empty())
     else {

@@ -12,6 +12,8 @@ COST_MAX = {
 }
 # Memory that may not be opened for writing, and so cannot be registered.
 NO_PIN = "no pin"
+# Little memory: what moving it costs is what any transfer costs once.
+PIECE, PIECE_MIB = "piece", 8
 COLUMNS = (
     ("engine", 14),
     ("active path", 14),
@@ -53,6 +55,8 @@ def summary_of(turns):
         "processor-share": min(row["processor-share"] for row in turns),
         "sends": sum(row["zero-copy"]["sends"] for row in turns),
         "copied": sum(row["zero-copy"]["copied"] for row in turns),
+        "sender-s": statistics.median(row["sender-us"] for row in turns) / 1e6,
+        "added-s-per-gib": statistics.median(row.get("added-us", 0) * GIB / 1e6 / row["bytes"] for row in turns),
         "sender-s-per-gib": median("sender-us", GIB / 1e6),
         "guest-s-per-gib": median("guest-us", GIB / 1e6),
         "mib-per-s": 1 / median("total-us", (1 << 20) / 1e6),
@@ -90,6 +94,8 @@ def table(summary):
     """The rows as text."""
     lines = ["  ".join(title.ljust(width) for title, width in COLUMNS)]
     for row in summary:
+        if row["pages"] == PIECE:
+            continue
         cells = (
             row["engine"],
             row["zero-copy"]["path"],
@@ -122,6 +128,12 @@ def notes(summary):
                 f"{row['engine']} is a live transfer: tracker {row['tracker']['kind']}, {row['passes']} passes, "
                 f"downtime {row['downtime-us'] / 1000:.1f} ms"
             )
+    for row in summary:
+        if row["pages"] == PIECE:
+            lines.append(f"moving {PIECE_MIB} MiB takes the sender {row['sender-s']:.2f} s: that much of every row is spent once")
+    for pages in ("4 KiB", "huge"):
+        added = statistics.median(row["added-s-per-gib"] for row in summary if row["pages"] == pages and not row["tracker"])
+        lines.append(f"adding memory took it {added:.2f} s/GiB for {pages} pages: its page tables; in no row")
     share = min(row["processor-share"] for row in summary)
     lines.append(f"the emulator had at least {share:.0%} of a processor whenever the guest wanted it")
     return lines
