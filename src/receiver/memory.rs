@@ -10,7 +10,8 @@ use crate::limits::{HUGE_PAGE_BYTES, PAGE_BYTES};
 use crate::name::Name;
 use crate::region::{Mapping, Region};
 use crate::stream::Destination;
-use crate::sys::smaps::Seen;
+use crate::sys::numa::Whereabouts;
+use crate::sys::pagemap;
 
 use super::prepared::Place;
 
@@ -37,12 +38,12 @@ pub(super) async fn of_regions(regions: Vec<Arc<Region>>) -> Observed {
 
 /// Each Region with the mapping that has its huge pages. Nothing where the kernel does not say.
 fn observe<'a>(regions: impl Iterator<Item = (&'a Region, &'a Arc<Mapping>)>) -> Observed {
-    let Ok(seen) = Seen::now() else {
+    let Ok(whereabouts) = Whereabouts::now() else {
         return Vec::new();
     };
     let look = |(region, huge): (&Region, &Arc<Mapping>)| {
         let allocated = region.allocated_bytes().unwrap_or(0);
-        let in_huge = seen.huge_bytes(huge).min(allocated);
+        let in_huge = pagemap::huge_bytes(huge).ok()?.min(allocated);
         let sizes = match region.page_size() {
             PAGE_BYTES => [
                 (PAGE_BYTES, allocated - in_huge),
@@ -54,11 +55,11 @@ fn observe<'a>(regions: impl Iterator<Item = (&'a Region, &'a Arc<Mapping>)>) ->
         let shown = json!({
             "allocated": allocated,
             "page-sizes": sizes,
-            "numa-nodes": seen.node_bytes(region.mapping()),
+            "numa-nodes": whereabouts.of(region.mapping(), allocated),
         });
-        (region.name().clone(), shown)
+        Some((region.name().clone(), shown))
     };
-    regions.map(look).collect()
+    regions.filter_map(look).collect()
 }
 
 /// As `query-migrate` shows it.

@@ -13,7 +13,6 @@ pub mod pagemap;
 pub mod process;
 pub mod sched;
 pub mod scm;
-pub mod smaps;
 pub mod tcp;
 pub mod terminal;
 pub mod uffd;

@@ -1,6 +1,7 @@
 //! On which NUMA nodes memory may be, and is to be.
 #![allow(unsafe_code)] // `mbind` has no wrapper in nix or libc.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 
@@ -58,6 +59,61 @@ pub fn prefer(mapping: &Mapping, node: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Where the memory of this process is, as the kernel said when it was asked. Only what page tables have is seen.
+#[derive(Debug)]
+pub enum Whereabouts {
+    /// There is one node for us: all of it is there.
+    OneNode(u32),
+    /// What `numa_maps` says.
+    Many(String),
+}
+
+impl Whereabouts {
+    /// Asks. With several nodes the kernel walks all page tables of the process for it, at a millisecond or so per
+    /// GiB in small pages: not for a thread that others wait for.
+    pub fn now() -> io::Result<Self> {
+        match allowed()?.as_slice() {
+            [node] => Ok(Self::OneNode(*node)),
+            _ => Ok(Self::Many(fs::read_to_string("/proc/self/numa_maps")?)),
+        }
+    }
+
+    /// Bytes of `mapping`, of which `allocated` are there at all, on each node that has some.
+    #[must_use]
+    pub fn of(&self, mapping: &Mapping, allocated: u64) -> BTreeMap<u32, u64> {
+        match self {
+            Self::OneNode(_) if allocated == 0 => BTreeMap::new(),
+            Self::OneNode(node) => BTreeMap::from([(*node, allocated)]),
+            Self::Many(numa_maps) => {
+                let start = mapping.address().map_or(0, |base| base.addr().get());
+                node_bytes_at(numa_maps, start)
+            }
+        }
+    }
+}
+
+/// According to `numa_maps`: `start policy … N0=pages N1=pages kernelpagesize_kB=4`.
+fn node_bytes_at(numa_maps: &str, start: usize) -> BTreeMap<u32, u64> {
+    let first = format!("{start:x} ");
+    let line = numa_maps
+        .lines()
+        .find(|line| line.trim_start_matches('0').starts_with(&first));
+    let mut fields: Vec<_> = line
+        .unwrap_or_default()
+        .split(' ')
+        .filter_map(|field| field.split_once('='))
+        .collect();
+    let page_kib = fields
+        .pop_if(|(key, _)| *key == "kernelpagesize_kB")
+        .and_then(|(_, kib)| kib.parse::<u64>().ok())
+        .unwrap_or(4);
+    let on_node = |(key, pages): &(&str, &str)| {
+        let node = key.strip_prefix('N')?.parse::<u32>().ok()?;
+        Some((node, pages.parse::<u64>().ok()? * page_kib * 1024))
+    };
+    fields.iter().filter_map(on_node).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::File;
@@ -96,5 +152,17 @@ mod tests {
             line.contains("prefer:0") && line.contains("N0=64"),
             "{line}"
         );
+    }
+
+    #[test]
+    fn pages_are_counted_by_node_in_the_right_mapping() {
+        let maps = "\
+00400000 default file=/bin/N0=7 mapped=3 N0=3 kernelpagesize_kB=4
+7f0000000000 prefer:1 file=/memfd:x\\040(deleted) dirty=9 N0=1 N1=8 kernelpagesize_kB=2048
+";
+        let found = node_bytes_at(maps, 0x7f00_0000_0000);
+        assert_eq!(found, BTreeMap::from([(0, 2 << 20), (1, 16 << 20)]));
+        assert_eq!(node_bytes_at(maps, 0x40_0000), BTreeMap::from([(0, 12288)]));
+        assert_eq!(node_bytes_at(maps, 0x50_0000), BTreeMap::new());
     }
 }

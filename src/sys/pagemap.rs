@@ -13,6 +13,7 @@ use std::sync::OnceLock;
 use nix::errno::Errno;
 
 use crate::limits::{PAGE_BYTES, PAGE_LEN};
+use crate::region::Mapping;
 
 // All numbers and layouts below are those of include/uapi/linux/fs.h (Linux 6.7).
 
@@ -23,6 +24,7 @@ const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
 const PAGE_IS_WPALLOWED: u64 = 1 << 0;
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_HUGE: u64 = 1 << 6;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 
 /// `struct page_region`: a run of pages that have the same categories.
@@ -121,7 +123,30 @@ pub fn are_present(range: AddressRange) -> bool {
     }
 }
 
-/// The same, an entry for every page of 4 KiB: several times as slow.
+/// Bytes of `mapping` that huge pages map: those of hugetlbfs, or transparent ones. Only what the page tables of
+/// this process have is seen. Needs Linux 6.7.
+pub fn huge_bytes(mapping: &Mapping) -> io::Result<u64> {
+    let Some(base) = mapping.address() else {
+        return Ok(0);
+    };
+    let range = AddressRange {
+        start: base.addr().get() as u64,
+        len: (mapping.len() as u64).next_multiple_of(PAGE_BYTES),
+    };
+    let mut buffer = [PageRegion::default(); 32];
+    let mut bytes = 0;
+    scan(
+        own()?.as_fd(),
+        range,
+        0,
+        PAGE_IS_HUGE,
+        &mut buffer,
+        |runs| bytes += runs.iter().map(|run| run.end - run.start).sum::<u64>(),
+    )?;
+    Ok(bytes)
+}
+
+/// [`are_present`] with an entry for every page of 4 KiB: several times as slow.
 fn are_entries_present(pagemap: &File, range: AddressRange) -> bool {
     /// Of the 64 bits about a page; Documentation/admin-guide/mm/pagemap.rst.
     const PRESENT: u64 = 1 << 63;

@@ -15,7 +15,7 @@ use super::{Options, WorkloadError};
 use crate::config::units::Size;
 use crate::region::{Access, Mapping};
 use crate::sys::file::{advise_huge_pages, populate};
-use crate::sys::smaps::Seen;
+use crate::sys::pagemap;
 
 /// The size of a huge page on the machines that this is for.
 pub(super) const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -139,7 +139,7 @@ impl Memory {
 
     /// How much of it is mapped by huge pages, as the kernel says.
     pub(super) fn huge_bytes(&self) -> io::Result<u64> {
-        Ok(Seen::now()?.huge_bytes(&self.mapping))
+        pagemap::huge_bytes(&self.mapping)
     }
 }
 
