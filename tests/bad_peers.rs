@@ -295,6 +295,29 @@ fn a_stream_without_the_right_token_epoch_and_number_is_turned_away() {
     alone.assert_as_before();
 }
 
+#[test]
+fn a_packet_behind_the_prepared_changes_nothing_and_ends_the_attempt_by_name() {
+    let mut alone = Alone::new();
+    let mut sender = FakeSender::offer(&alone.uri, offer("late", PAGE, 1));
+    let mut stream = sender.stream(0);
+    stream.write_all(&packet(1, 1, |_| {})).unwrap();
+    stream.write_all(&mark(1, 2)).unwrap();
+    let mut acks = [0; 64];
+    stream.read_exact(&mut acks).unwrap();
+    let streams = vec![StreamTotals {
+        packets: 2,
+        bytes: 0,
+    }];
+    say(&mut sender.conversation, &prepare(streams));
+    let answer = hear_receiver(&mut sender.conversation);
+    assert_eq!(answer, Some(FromReceiver::Prepared {}));
+    stream.write_all(&packet(2, 3, |_| {})).unwrap();
+    assert_eq!(sender.refusal(), "protocol");
+    assert!(is_over(&mut stream));
+    alone.receiver.wait_arrival("late", "failed");
+    alone.assert_as_before();
+}
+
 /// A packet with one page that is a hole, changed by `spoil` before its checksums are made.
 fn packet(iteration: u32, sequence: u64, spoil: impl Fn(&mut DataHeader)) -> Vec<u8> {
     let mut table = Table::default();

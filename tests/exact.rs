@@ -15,6 +15,9 @@ use std::time::Instant;
 use common::memory::{MIB, PAGE, assert_same, dense};
 use common::relay::{Act, Kind, Relay};
 use common::{DEADLINE, Pair, Writer};
+use memferry::client::{Connection, Tracked, Tracking};
+use memferry::name::Name;
+use memferry::region::{Access, Mapping};
 use memferry::workload::{Account, Newest, verify};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -333,4 +336,25 @@ fn descriptors_that_are_something_else_are_refused_when_they_are_registered() {
         json!({"kind": "pagemap", "pagemap-fdname": "p", "uffd-fdname": "uffd", "address": 4096});
     assert_eq!(with("p", pagemap), "tracker-descriptor");
     marked.pair.sender.assert_alive();
+}
+
+#[test]
+fn an_address_with_other_memory_than_the_region_is_refused_when_it_is_registered() {
+    let pair = Pair::new();
+    let memory = |name: &str| {
+        let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(MIB).unwrap();
+        file
+    };
+    let (ours, other) = (memory("ours"), memory("other"));
+    let mapping = Mapping::new(&other, usize::try_from(MIB).unwrap(), Access::Write).unwrap();
+    let tracking = Tracking::Pagemap(Tracked::new(&mapping).unwrap());
+    let mut writer = Connection::connect(pair.sender.socket()).unwrap();
+    let name = Name::new("r").unwrap();
+    let refused = writer.register(&name, ours.as_fd(), &tracking, json!({"kind": "client"}));
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("memfd:other"), "{refused}");
+    writer
+        .register(&name, other.as_fd(), &tracking, json!({"kind": "client"}))
+        .unwrap();
 }

@@ -8,6 +8,7 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 use std::time::Instant;
 
 use common::fake::{FakeReceiver, Heard, Manners};
@@ -220,4 +221,42 @@ fn what_cannot_be_frozen_is_refused_when_it_is_added() {
         refused(json!({"kind": "command", "freeze": ["a"]})),
         "invalid-argument"
     );
+}
+
+/// Starts processes until one has this number, which the kernel gives out in turn: it is told where to go on.
+fn with_the_number_of(gone: i32, start: impl Fn() -> Child) -> Child {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        fs::write("/proc/sys/kernel/ns_last_pid", (gone - 1).to_string()).unwrap();
+        let mut child = start();
+        if i32::try_from(child.id()) == Ok(gone) {
+            return child;
+        }
+        // Somebody else was faster.
+        let _ = child.kill();
+        let _ = child.wait();
+        assert!(Instant::now() < deadline, "the number {gone} is not free");
+    }
+}
+
+#[test]
+fn a_process_that_got_the_number_of_the_writer_is_left_alone() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: choosing the number of a process takes root");
+        return;
+    }
+    let mut pair = Pair::new();
+    let writer = Writer::start(&pair.stage.path("r"), MIB, "0", 0);
+    pair.add_live("r", &writer);
+    let pid = writer.pid();
+    drop(writer);
+    let sleep = || Command::new("sleep").arg("600").spawn().unwrap();
+    let mut bystander = with_the_number_of(pid, sleep);
+    pair.begin("r", json!({}));
+    pair.sender.wait_failed("r", "writer-gone");
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    assert!(stat.contains(") S "), "{stat}");
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+    pair.assert_nothing_happened(&[]);
 }

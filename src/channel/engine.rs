@@ -56,6 +56,9 @@ impl fmt::Display for Engine {
     }
 }
 
+/// How long each step of a trial may take.
+const TRIAL_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// What a trial of an engine showed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trial {
@@ -75,13 +78,51 @@ pub struct Opened {
     pub note: String,
 }
 
-/// A channel over the connected socket `fd` that lends by `wanted`, or by the best engine that works
-/// here, or not at all if there is none. `regions` are what it will send; `share` is what it may have
-/// pinned at once, in bytes, if that is little.
+/// What to lend with: found out before the first stream is opened, since a trial may take its time.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    wanted: Option<Engine>,
+    /// Those that work, best first.
+    engines: Vec<Engine>,
+    /// Why it is not what was asked for.
+    notes: Vec<String>,
+}
+
+impl Choice {
+    /// The engine that is `wanted` and what has to do for it, or the best ones that work here. Blocks: for some
+    /// milliseconds once per process, and for seconds while nothing gets through on loopback.
+    #[must_use]
+    pub fn of(wanted: Option<Engine>) -> Self {
+        let (mut engines, mut notes) = (Vec::new(), Vec::new());
+        let others = Engine::BEST
+            .into_iter()
+            .filter(|engine| Some(*engine) != wanted);
+        for engine in wanted.into_iter().chain(others) {
+            match tried(engine) {
+                // Without the report nobody would notice that everything is copied.
+                Ok(trial) if wanted.is_none() && !trial.reports_copies => {}
+                Ok(_) => engines.push(engine),
+                Err(refusal) if wanted.is_some() => notes.push(format!("{engine}: {refusal}")),
+                Err(_) => {}
+            }
+            if !engines.is_empty() && wanted.is_some() {
+                break;
+            }
+        }
+        Self {
+            wanted,
+            engines,
+            notes,
+        }
+    }
+}
+
+/// A channel over the connected socket `fd` that lends as was chosen, or not at all if nothing works. `regions`
+/// are what it will send; `share` is what it may have pinned at once, in bytes, if that is little.
 pub fn open(
     fd: OwnedFd,
     patience: Patience,
-    wanted: Option<Engine>,
+    choice: &Choice,
     regions: Vec<Arc<Region>>,
     share: Option<usize>,
 ) -> io::Result<Opened> {
@@ -91,49 +132,37 @@ pub fn open(
         errqueue::family(fd.as_fd())?,
         libc::AF_INET | libc::AF_INET6
     );
-    if let Some(share) = share.filter(|_| is_tcp) {
-        let share = share / 1024;
-        notes.push(format!(
-            "the memlock limit leaves this stream {share} KiB, so sends are small"
-        ));
+    if is_tcp {
+        notes.extend(share.map(|share| {
+            let share = share / 1024;
+            format!("the memlock limit leaves this stream {share} KiB, so sends are small")
+        }));
+        notes.extend_from_slice(&choice.notes);
     }
-    let first = wanted.into_iter();
-    let others = Engine::BEST
-        .into_iter()
-        .filter(|engine| Some(*engine) != wanted);
-    for engine in first.chain(others).filter(|_| is_tcp) {
-        let refusal = match tried(engine) {
-            Err(reason) => reason.clone(),
-            // Without the report nobody would notice that everything is copied.
-            Ok(trial) if wanted.is_none() && !trial.reports_copies => {
-                "this kernel does not say what it copied".to_owned()
+    for &engine in choice.engines.iter().filter(|_| is_tcp) {
+        let regions = match engine {
+            // What follows does that.
+            Engine::MsgZerocopy => break,
+            Engine::IoUring => Vec::new(),
+            Engine::IoUringFixed => regions.clone(),
+        };
+        match UringChannel::new(fd, patience.clone(), regions) {
+            Ok(mut channel) => {
+                share
+                    .into_iter()
+                    .try_for_each(|share| channel.limit_loans(share))?;
+                return Ok(Opened {
+                    channel: Box::new(channel),
+                    engine: Some(engine),
+                    note: notes.join("; "),
+                });
             }
-            Ok(_) if engine == Engine::MsgZerocopy => break,
-            Ok(_) => {
-                let regions = match engine {
-                    Engine::IoUringFixed => regions.clone(),
-                    _ => Vec::new(),
-                };
-                match UringChannel::new(fd, patience.clone(), regions) {
-                    Ok(mut channel) => {
-                        share
-                            .into_iter()
-                            .try_for_each(|share| channel.limit_loans(share))?;
-                        return Ok(Opened {
-                            channel: Box::new(channel),
-                            engine: Some(engine),
-                            note: notes.join("; "),
-                        });
-                    }
-                    Err((back, error)) => {
-                        fd = back;
-                        error.to_string()
-                    }
+            Err((back, error)) => {
+                fd = back;
+                if choice.wanted.is_some() {
+                    notes.push(format!("{engine}: {error}"));
                 }
             }
-        };
-        if wanted.is_some() {
-            notes.push(format!("{engine}: {refusal}"));
         }
     }
     let mut channel = SocketChannel::new(fd, patience, true)?;
@@ -149,10 +178,22 @@ pub fn open(
     })
 }
 
-/// The trial of an engine, made once per process.
-fn tried(engine: Engine) -> &'static Result<Trial, String> {
+/// The trial of an engine. Made once per process, unless nothing got through, which says nothing about the engine.
+fn tried(engine: Engine) -> Result<Trial, String> {
     static TRIALS: [OnceLock<Result<Trial, String>>; 3] = [const { OnceLock::new() }; 3];
-    TRIALS[engine as usize].get_or_init(|| trial(engine).map_err(|error| error.to_string()))
+    let known = &TRIALS[engine as usize];
+    if let Some(known) = known.get() {
+        return known.clone();
+    }
+    match trial(engine) {
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => Err(format!(
+            "it could not be tried, since nothing gets through on loopback: {error}"
+        )),
+        tried => {
+            let tried = tried.map_err(|error| error.to_string());
+            known.get_or_init(|| tried).clone()
+        }
+    }
 }
 
 /// Sends a page over TCP to ourselves by `engine`, and waits until it is back.
@@ -164,10 +205,11 @@ pub fn trial(engine: Engine) -> io::Result<Trial> {
     let region = Region::from_descriptor(name, file.into()).map_err(io::Error::other)?;
     let region = Arc::new(region);
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
-    let near = OwnedFd::from(TcpStream::connect(listener.local_addr()?)?);
+    let near = TcpStream::connect_timeout(&listener.local_addr()?, TRIAL_TIMEOUT)?;
+    let near = OwnedFd::from(near);
     let (_far, _) = listener.accept()?;
     let patience = Patience {
-        stall_timeout: Duration::from_secs(2),
+        stall_timeout: TRIAL_TIMEOUT,
         wake: Wake::new()?,
     };
     let lend = |channel: &mut dyn Channel| {
@@ -233,13 +275,16 @@ mod tests {
     fn what_is_asked_for_is_opened_and_a_unix_socket_lends_nothing() {
         for engine in Engine::ALL {
             let (near, _far) = tcp_pair("127.0.0.1");
-            let opened = open(near, patience(), Some(engine), Vec::new(), None).unwrap();
+            let choice = Choice::of(Some(engine));
+            let opened = open(near, patience(), &choice, Vec::new(), None).unwrap();
             assert_eq!((opened.engine, opened.note.as_str()), (Some(engine), ""));
         }
-        let opened = open(tcp_pair("::1").0, patience(), None, Vec::new(), None).unwrap();
+        let best = Choice::of(None);
+        let opened = open(tcp_pair("::1").0, patience(), &best, Vec::new(), None).unwrap();
         assert_eq!(opened.engine, Some(Engine::IoUring));
         let (near, _far) = unix_pair();
-        let opened = open(near, patience(), Some(Engine::IoUring), Vec::new(), None).unwrap();
+        let choice = Choice::of(Some(Engine::IoUring));
+        let opened = open(near, patience(), &choice, Vec::new(), None).unwrap();
         assert_eq!(opened.engine, None);
         assert!(opened.note.contains("AF_UNIX"), "{}", opened.note);
     }

@@ -52,8 +52,10 @@ impl Destination for Place {
     fn populate(&self, ranges: &[PageRange]) {
         match self {
             Self::New(file) => file.populate(ranges),
+            // As a rule it is populated since it was registered, and to ask costs a tenth of doing it again.
             Self::Prepared(memory) => ranges
                 .iter()
+                .filter(|range| !memory.region.is_mapped(**range))
                 .for_each(|range| memory.region.populate(*range)),
         }
     }

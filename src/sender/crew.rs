@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use crate::affinity;
-use crate::channel::{self, Engine, Opened, Patience, SocketChannel};
+use crate::channel::{self, Choice, Engine, Opened, Patience, SocketChannel};
 use crate::config::ZeroCopyMode;
 use crate::dirty::Tracker;
 use crate::iteration::Plan;
@@ -72,13 +72,13 @@ impl Crew {
         self.wake.clone()
     }
 
-    /// Opens the way that `mode` asks for on a connection whose preamble was answered. The memory that
-    /// may be locked is shared by `streams`.
+    /// Opens the way that was chosen, or plain sends, on a connection whose preamble was answered. The memory
+    /// that may be locked is shared by `streams`.
     pub(super) fn open(
         &self,
         connection: Connection,
         setup: &StreamSetup,
-        mode: ZeroCopyMode,
+        choice: Option<&Choice>,
         streams: u16,
     ) -> io::Result<Opened> {
         let patience = Patience {
@@ -86,14 +86,7 @@ impl Crew {
             wake: self.wake.clone(),
         };
         let fd = peer::into_descriptor(connection)?;
-        let wanted = match mode {
-            ZeroCopyMode::Off => None,
-            ZeroCopyMode::Auto => Some(None),
-            ZeroCopyMode::MsgZerocopy => Some(Some(Engine::MsgZerocopy)),
-            ZeroCopyMode::IoUring => Some(Some(Engine::IoUring)),
-            ZeroCopyMode::IoUringFixed => Some(Some(Engine::IoUringFixed)),
-        };
-        let Some(wanted) = wanted else {
+        let Some(choice) = choice else {
             return Ok(Opened {
                 channel: Box::new(SocketChannel::new(fd, patience, false)?),
                 engine: None,
@@ -107,7 +100,7 @@ impl Crew {
             .filter(|(_, tracker)| setup.integrity || matches!(tracker, Tracker::None));
         let regions = regions.map(|(region, _)| Arc::clone(region));
         let share = channel::share(channel::memlock_limit(), streams);
-        channel::open(fd, patience, wanted, regions.collect(), share)
+        channel::open(fd, patience, choice, regions.collect(), share)
     }
 
     /// Starts stream `index`.
@@ -179,6 +172,18 @@ impl Crew {
         self.wake.wake();
         self.finish().await
     }
+}
+
+/// What streams lend with where `mode` is asked for; `None`: they do not.
+pub(super) async fn choose(mode: ZeroCopyMode) -> io::Result<Option<Choice>> {
+    let wanted = match mode {
+        ZeroCopyMode::Off => return Ok(None),
+        ZeroCopyMode::Auto => None,
+        ZeroCopyMode::MsgZerocopy => Some(Engine::MsgZerocopy),
+        ZeroCopyMode::IoUring => Some(Engine::IoUring),
+        ZeroCopyMode::IoUringFixed => Some(Engine::IoUringFixed),
+    };
+    Ok(Some(spawn_blocking(move || Choice::of(wanted)).await?))
 }
 
 fn join(members: Vec<Member>) -> Ended {

@@ -15,6 +15,7 @@ use crate::wire::{
     VERSION_COMPRESSION,
 };
 
+use super::super::crew::choose;
 use super::super::debt::Source;
 use super::super::error::TransferError;
 use super::{Talk, Transfer, unexpected};
@@ -97,6 +98,9 @@ impl Transfer {
             wake: self.crew.wake(),
             epoch: self.epoch,
         };
+        let choice = choose(self.parameters.zero_copy)
+            .await
+            .map_err(TransferError::local("try ways to send without a copy"))?;
         let connections = self.connect_streams().await;
         for ((stream, stats), connection) in (0..).zip(&self.attempt.streams).zip(connections) {
             let connection = match connection {
@@ -107,8 +111,8 @@ impl Transfer {
                 }
                 Err(error) => return Err(error.into()),
             };
-            let (mode, streams) = (self.parameters.zero_copy, self.parameters.streams);
-            let opened = self.crew.open(connection, &setup, mode, streams);
+            let streams = self.parameters.streams;
+            let opened = self.crew.open(connection, &setup, choice.as_ref(), streams);
             let opened = opened.map_err(TransferError::local("open a stream"))?;
             let (stats, tell) = (Arc::clone(stats), self.attempt.tell());
             self.crew
