@@ -1,9 +1,8 @@
 //! Events from anywhere in the daemon to every client that has negotiated.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use serde_json::Value;
 
@@ -19,8 +18,6 @@ struct Bus {
     clients: Mutex<HashMap<ClientId, Arc<Outbox>>>,
     next: AtomicU64,
     dropped: AtomicU64,
-    /// Events are queued, and nobody is woken for them.
-    hushed: AtomicBool,
 }
 
 impl EventBus {
@@ -49,33 +46,6 @@ impl EventBus {
                 outbox.offer(line.clone());
             }
         }
-        // Asked behind the queue, and the other way round in `speak_up`: one of the two wakes them.
-        if !self.0.hushed.load(Ordering::SeqCst) {
-            self.wake_all();
-        }
-    }
-
-    /// For so long at most, or until [`Self::speak_up`], clients are not woken by events: as a rule they
-    /// answer one with a query, and on few CPUs a writer that stands still would wait for it. What they are
-    /// owed is not held back. To be called within a runtime.
-    pub fn hush(&self, at_most: Duration) {
-        self.0.hushed.store(true, Ordering::SeqCst);
-        let bus = self.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(at_most).await;
-            bus.speak_up();
-        });
-    }
-
-    /// Events reach their clients again, and those of the meantime do now.
-    pub fn speak_up(&self) {
-        if self.0.hushed.swap(false, Ordering::SeqCst) {
-            self.wake_all();
-        }
-    }
-
-    fn wake_all(&self) {
-        self.clients().values().for_each(|outbox| outbox.wake());
     }
 
     /// Tells one client something it must not miss; false when it is not there any more. Such an event
@@ -134,45 +104,5 @@ impl Drop for Member {
             let dropped = outbox.events_dropped();
             self.bus.0.dropped.fetch_add(dropped, Ordering::Relaxed);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    /// A bus, and the session of a client that waits for its next event.
-    async fn listening() -> (EventBus, Member, tokio::task::JoinHandle<bool>) {
-        let (bus, outbox) = (EventBus::new(), Arc::new(Outbox::default()));
-        let member = bus.join(Arc::clone(&outbox));
-        outbox.owe_and_open(encode::event("GREETING", json!({})).unwrap());
-        outbox.first().await;
-        outbox.written();
-        let waiting = tokio::spawn(async move { outbox.first().await.is_some() });
-        tokio::task::yield_now().await;
-        (bus, member, waiting)
-    }
-
-    #[tokio::test]
-    async fn a_hushed_event_wakes_nobody_until_it_is_over() {
-        let (bus, _member, waiting) = listening().await;
-        bus.hush(Duration::from_secs(3600));
-        bus.publish("QUIET", json!({}));
-        for _ in 0..10 {
-            tokio::task::yield_now().await;
-        }
-        assert!(!waiting.is_finished());
-        bus.speak_up();
-        assert!(waiting.await.unwrap());
-    }
-
-    #[tokio::test]
-    async fn a_hush_ends_by_itself() {
-        let (bus, _member, waiting) = listening().await;
-        bus.hush(Duration::from_millis(1));
-        bus.publish("LATE", json!({}));
-        assert!(waiting.await.unwrap());
     }
 }

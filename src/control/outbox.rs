@@ -80,7 +80,7 @@ impl Outbox {
         true
     }
 
-    /// Queues an event if the client wants events and has room. Its session is not woken yet.
+    /// Queues an event if the client wants events and has room.
     pub(super) fn offer(&self, line: Line) {
         let mut queue = self.lock();
         if queue.closed || !queue.events_wanted {
@@ -91,10 +91,7 @@ impl Outbox {
             return;
         }
         queue.push(line, Kind::Event);
-    }
-
-    /// Has the session look at the queue.
-    pub(super) fn wake(&self) {
+        drop(queue);
         self.changed.notify_waiters();
     }
 

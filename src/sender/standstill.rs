@@ -91,7 +91,6 @@ impl Standstill {
             attempt.enter(Status::PreSwitchover);
             self.all_say(Said::StandsStill, limit).await?;
         }
-        attempt.hush();
         let freeze = move || {
             let frozen = Frozen::freeze(&freezers, limit)?;
             Ok((frozen, Instant::now(), look()))
@@ -159,7 +158,6 @@ impl Standstill {
     /// Lets the writers go on.
     pub(super) async fn thaw(&mut self) {
         self.stands = false;
-        self.attempt.speak_up();
         self.release_clients();
         let frozen = std::mem::take(&mut self.frozen);
         // It may have to wait for a command; kept, so that a cancel that comes just now waits for it too.

@@ -24,9 +24,6 @@ use crate::wire::Owner;
 use super::clients::{Clients, Said};
 use super::hold::Hold;
 
-/// How long events wait for the end of a standstill: longer than a short one takes, and nothing to an operator.
-const HUSH: Duration = Duration::from_millis(10);
-
 /// Where an attempt is. Names are QEMU's where it has the state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Status {
@@ -200,17 +197,6 @@ impl Attempt {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Writers are about to stand still: nobody is told of what happens meanwhile until it is over, or has
-    /// taken too long to be kept for oneself.
-    pub(super) fn hush(&self) {
-        self.events.hush(HUSH);
-    }
-
-    /// It is over.
-    pub(super) fn speak_up(&self) {
-        self.events.speak_up();
     }
 
     fn announce(&self, status: Status) {

@@ -181,7 +181,6 @@ impl Transfer {
         let answer = answer.await;
         let now = Instant::now();
         self.standstill.forget();
-        self.attempt.speak_up();
         // Everything that was lent was released before the last mark was acknowledged.
         let _ = self.crew.finish().await;
         match answer {
