@@ -94,7 +94,13 @@ impl Scene {
             Fault::FlipFrame => act = Act::FlipHead,
             Fault::FlipPayload => act = Act::FlipPayload,
             Fault::FlipMany => self.flip_payloads(FLIPS),
-            Fault::FlipAlways => self.flip_payloads(u64::MAX),
+            Fault::FlipAlways => {
+                self.flip_payloads(u64::MAX);
+                // The held one is judged already, and may be the last that has some.
+                if frame.is_some_and(|frame| frame.payload > 0) {
+                    act = Act::FlipPayload;
+                }
+            }
             Fault::PauseShort => self.pause(Silence::Everything, SHORT),
             Fault::PauseLong => self.pause_until_noticed(struck, Silence::Everything),
             Fault::Deaf => self.pause_until_noticed(struck, Silence::TowardsReceiver),
