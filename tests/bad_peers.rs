@@ -259,6 +259,21 @@ fn an_offer_beyond_the_limits_is_refused() {
     alone.assert_as_before();
 }
 
+/// Sends a Region of one page, which is a hole, and has the receiver say that it is prepared.
+fn carry_through(sender: &mut FakeSender, stream: &mut TcpStream) {
+    stream.write_all(&packet(1, 1, |_| {})).unwrap();
+    stream.write_all(&mark(1, 2)).unwrap();
+    let mut acks = [0; 64];
+    stream.read_exact(&mut acks).unwrap();
+    let streams = vec![StreamTotals {
+        packets: 2,
+        bytes: 0,
+    }];
+    say(&mut sender.conversation, &prepare(streams));
+    let answer = hear_receiver(&mut sender.conversation);
+    assert_eq!(answer, Some(FromReceiver::Prepared {}));
+}
+
 #[test]
 fn a_stream_without_the_right_token_epoch_and_number_is_turned_away() {
     let mut alone = Alone::new();
@@ -279,17 +294,7 @@ fn a_stream_without_the_right_token_epoch_and_number_is_turned_away() {
     assert_eq!(twice, Some(Status::Stream));
 
     // None of it has harmed the attempt: it can still be carried through, here with a single hole.
-    stream.write_all(&packet(1, 1, |_| {})).unwrap();
-    stream.write_all(&mark(1, 2)).unwrap();
-    let mut acks = [0; 64];
-    stream.read_exact(&mut acks).unwrap();
-    let streams = vec![StreamTotals {
-        packets: 2,
-        bytes: 0,
-    }];
-    say(&mut sender.conversation, &prepare(streams));
-    let answer = hear_receiver(&mut sender.conversation);
-    assert_eq!(answer, Some(FromReceiver::Prepared {}));
+    carry_through(&mut sender, &mut stream);
     drop((sender, stream));
     alone.receiver.wait_arrival("x", "failed");
     alone.assert_as_before();
@@ -300,17 +305,7 @@ fn a_packet_behind_the_prepared_changes_nothing_and_ends_the_attempt_by_name() {
     let mut alone = Alone::new();
     let mut sender = FakeSender::offer(&alone.uri, offer("late", PAGE, 1));
     let mut stream = sender.stream(0);
-    stream.write_all(&packet(1, 1, |_| {})).unwrap();
-    stream.write_all(&mark(1, 2)).unwrap();
-    let mut acks = [0; 64];
-    stream.read_exact(&mut acks).unwrap();
-    let streams = vec![StreamTotals {
-        packets: 2,
-        bytes: 0,
-    }];
-    say(&mut sender.conversation, &prepare(streams));
-    let answer = hear_receiver(&mut sender.conversation);
-    assert_eq!(answer, Some(FromReceiver::Prepared {}));
+    carry_through(&mut sender, &mut stream);
     stream.write_all(&packet(2, 3, |_| {})).unwrap();
     assert_eq!(sender.refusal(), "protocol");
     assert!(is_over(&mut stream));
