@@ -1,7 +1,7 @@
 //! What a process has mapped where, from `/proc/<pid>/maps`.
 
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Seek};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -26,9 +26,9 @@ impl FileId {
     }
 }
 
-/// The mappings of the process that an open page map is of; `None` if they are not for us to see: it is
-/// another user's, or lives where our /proc does not show it.
-pub(super) fn of_pagemap(pagemap: BorrowedFd<'_>) -> Option<impl BufRead> {
+/// The list of mappings of the process that an open page map is of; `None` if it is not for us to see: the
+/// process is another user's, or lives where our /proc does not show it.
+pub(super) fn of_pagemap(pagemap: BorrowedFd<'_>) -> Option<File> {
     let path: PathBuf = fs::read_link(format!("/proc/self/fd/{}", pagemap.as_raw_fd())).ok()?;
     // The number in the path may mean another process to us. The inode is made once for each process
     // and stays while it is open.
@@ -36,8 +36,14 @@ pub(super) fn of_pagemap(pagemap: BorrowedFd<'_>) -> Option<impl BufRead> {
     if (shown.dev(), shown.ino()) != (open.st_dev, open.st_ino) {
         return None;
     }
-    let mut maps = BufReader::new(File::open(path.with_file_name("maps")).ok()?);
-    // What is not for us may also be refused, or shown empty, only when it is read.
+    File::open(path.with_file_name("maps")).ok()
+}
+
+/// What such a list says now. What is not for us may also be refused, or shown empty, only when it is read.
+pub(super) fn read(list: &File) -> Option<impl BufRead + '_> {
+    let mut list = list;
+    list.rewind().ok()?;
+    let mut maps = BufReader::new(list);
     let shown = !maps.fill_buf().ok()?.is_empty();
     shown.then_some(maps)
 }

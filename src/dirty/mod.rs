@@ -7,6 +7,7 @@ mod bitmap;
 mod comparison;
 mod error;
 mod fingerprints;
+mod look;
 mod maps;
 mod pagemap;
 

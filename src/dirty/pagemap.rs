@@ -10,32 +10,17 @@
 //! were pinned before. Those are for the writer to declare. What it can find out is that the mapping
 //! itself is no longer watched, and that is an error, never "nothing was written".
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
 
 use nix::sys::statfs::{HUGETLBFS_MAGIC, PROC_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
 
+use super::look::Looker;
 use super::{TrackerError, maps};
 use crate::limits::{HUGE_PAGE_BYTES, PAGE_BYTES};
-use crate::pages::{PageRange, PageSet};
-use crate::sys::pagemap::{self, AddressRange, PageRegion};
-
-/// Runs fetched in one call: 24 KiB. More gains nothing, the walk itself dominates.
-const RUNS_PER_CALL: usize = 1024;
-
-/// Memory per thread that looks, in bytes. The page table of 8 GiB in pages of 4 KiB takes about 5 ms; a
-/// thread that has to wait for a busy CPU, 3 ms. With 512 MiB for each, two threads took 3.4 ms for 1 GiB
-/// on a busy machine, where one took 0.7.
-const BYTES_PER_THREAD: u64 = 8 << 30;
-
-/// Smallest share of a thread, in bytes.
-const SHARE_BYTES: u64 = 512 << 20;
-
-/// Most threads that look at once: the writer's memory lock is taken by each of them.
-const SHARES_MAX: u64 = 8;
+use crate::pages::PageSet;
+use crate::sys::pagemap::{self, AddressRange};
 
 /// What the kernel calls a userfaultfd.
 const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
@@ -52,15 +37,14 @@ pub enum Memory {
 /// Tells which pages were written through one mapping of one process.
 #[derive(Debug)]
 pub struct PagemapTracker {
-    pagemap: OwnedFd,
+    looker: Looker,
+    /// The writer's mappings, if they are for us to see.
+    maps: Option<File>,
     /// Tracking ends with the last copy of it, so that the writer need not keep its own.
     _uffd: OwnedFd,
-    range: AddressRange,
     bytes: u64,
-    /// Bytes of a page: no share ends within one.
+    /// Bytes of a page: no piece of a look ends within one.
     page_bytes: u64,
-    /// Where the kernel puts runs, for each thread that looks.
-    runs: Vec<Box<[PageRegion]>>,
 }
 
 impl PagemapTracker {
@@ -89,17 +73,17 @@ impl PagemapTracker {
         check_pagemap(pagemap.as_fd())?;
         check_userfaultfd(uffd.as_fd())?;
         let tracker = Self {
-            pagemap,
+            maps: maps::of_pagemap(pagemap.as_fd()),
+            looker: Looker::new(
+                pagemap,
+                AddressRange {
+                    start: address,
+                    len,
+                },
+            ),
             _uffd: uffd,
-            range: AddressRange {
-                start: address,
-                len,
-            },
             bytes,
             page_bytes: HUGE_PAGE_BYTES,
-            runs: (0..threads_for(bytes))
-                .map(|_| vec![PageRegion::default(); RUNS_PER_CALL].into_boxed_slice())
-                .collect(),
         };
         tracker.check_coverage()?;
         Ok(tracker)
@@ -124,11 +108,11 @@ impl PagemapTracker {
             .map_err(io::Error::from)
             .map_err(failed("look at the region's file system"))?;
         let comparable = [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&fs.filesystem_type());
-        let (true, Some(maps)) = (comparable, maps::of_pagemap(self.pagemap.as_fd())) else {
+        let (true, Some(maps)) = (comparable, self.maps.as_ref().and_then(maps::read)) else {
             return Ok(Memory::NotVisible);
         };
         let id = maps::FileId::of(file).map_err(failed("look at the region's memory"))?;
-        let (start, end) = (self.range.start, self.range.end());
+        let (start, end) = (self.looker.range().start, self.looker.range().end());
         let other = maps::first_other(maps, start, end, id);
         match other.map_err(failed("read the writer's mappings"))? {
             None => Ok(Memory::Confirmed),
@@ -144,10 +128,10 @@ impl PagemapTracker {
     /// Begins: protects everything. What was written before is not reported, since everything is owed
     /// at this point. To be called before the first page is read.
     ///
-    /// Holes are protected too, which costs the writer page tables for all of the Region: 1/512 of it.
-    /// A Region with large holes is better begun with [`Self::take_within`] on its data.
+    /// Holes are protected too, which costs the writer page tables for all of the Region, 1/512 of it, and
+    /// every later look its time (measured: 16 GiB of holes 27 ms, and 82 ms for the coverage).
     pub fn arm(&mut self) -> Result<(), TrackerError> {
-        self.scan(self.all(), |_| {})?;
+        self.take(&mut PageSet::empty(self.looker.range().len / PAGE_BYTES))?;
         self.check_coverage()
     }
 
@@ -167,92 +151,22 @@ impl PagemapTracker {
     /// times as long as the rest. For a writer that is frozen, whose pages can be sent meanwhile: what
     /// was found is not all there is before [`Self::check_coverage`] has said so too.
     pub fn take(&mut self, owed: &mut PageSet) -> Result<u64, TrackerError> {
-        self.take_within(std::iter::once(self.all()), owed)
-    }
-
-    /// [`Self::take`], looking only at `ranges` of the Region: at its data, where it has large holes.
-    /// Looking at holes protects them, which costs the writer page tables and every later look its
-    /// time (measured: 16 GiB of holes 27 ms, and 82 ms for the coverage).
-    ///
-    /// Nothing is missed if `ranges` are all that the file had allocated at the time of the call, this
-    /// time and every time: a page that is a hole was not written, and one that was not looked at
-    /// before counts as written. With a writer on huge pages, ranges have to consist of those.
-    pub fn take_within(
-        &mut self,
-        ranges: impl IntoIterator<Item = PageRange>,
-        owed: &mut PageSet,
-    ) -> Result<u64, TrackerError> {
-        let mut pages = 0;
-        for range in ranges {
-            assert!(
-                self.all().contains(range),
-                "{range:?} is outside the region"
-            );
-            self.scan(range, |run| {
-                owed.insert(run);
-                pages += run.count;
-            })?;
-        }
-        Ok(pages)
-    }
-
-    fn all(&self) -> PageRange {
-        PageRange {
-            first: 0,
-            count: self.range.len / PAGE_BYTES,
-        }
+        let looked = self.looker.written_and_protect(self.page_bytes, owed);
+        looked.map_err(|error| self.explain(error))
     }
 
     /// That the whole range is still tracked.
     pub fn check_coverage(&self) -> Result<(), TrackerError> {
-        match pagemap::covered(self.pagemap.as_fd(), self.range) {
+        match pagemap::covered(self.looker.pagemap(), self.looker.range()) {
             Ok(true) => Ok(()),
             Ok(false) => Err(self.blind()),
             Err(error) => Err(self.explain(error)),
         }
     }
 
-    /// Calls `each` for every run inside `within` that was written, in any order, and protects it. Threads
-    /// share what is large: the writer may be standing still for it.
-    fn scan(
-        &mut self,
-        within: PageRange,
-        mut each: impl FnMut(PageRange) + Send,
-    ) -> Result<(), TrackerError> {
-        let start = self.range.start;
-        let whole = AddressRange {
-            start: start + within.offset(),
-            len: within.count * PAGE_BYTES,
-        };
-        let shares = shares(whole, self.runs.len() as u64, self.page_bytes);
-        let (pagemap, each) = (self.pagemap.as_fd(), Mutex::new(&mut each));
-        let look = &|share, buffer: &mut [PageRegion]| {
-            pagemap::written_and_protect(pagemap, share, buffer, |runs| {
-                let mut each = each.lock().unwrap_or_else(PoisonError::into_inner);
-                for run in runs.iter().filter(|run| run.start < run.end) {
-                    each(PageRange::covering(run.start - start, run.end - run.start));
-                }
-            })
-        };
-        let scanned = thread::scope(|scope| {
-            let mut work = shares.zip(&mut self.runs);
-            let own = work.next();
-            let others: Vec<_> = work
-                .map(|(share, buffer)| scope.spawn(move || look(share, buffer)))
-                .collect();
-            let own = own.map_or(Ok(()), |(share, buffer)| look(share, buffer));
-            let joined = others.into_iter().map(|thread| {
-                let panicked = |_| Err(io::Error::other("a thread that looked panicked"));
-                thread.join().unwrap_or_else(panicked)
-            });
-            joined.fold(own, Result::and)
-        });
-        scanned.map_err(|error| self.explain(error))
-    }
-
     fn blind(&self) -> TrackerError {
         TrackerError::Blind {
-            address: self.range.start,
+            address: self.looker.range().start,
             bytes: self.bytes,
         }
     }
@@ -261,33 +175,11 @@ impl PagemapTracker {
         match error.raw_os_error() {
             Some(libc::EPERM) => self.blind(),
             Some(libc::ESRCH) => TrackerError::WriterGone {
-                address: self.range.start,
+                address: self.looker.range().start,
             },
             _ => TrackerError::failed("ask which pages were written")(error),
         }
     }
-}
-
-/// How many threads look at `bytes` bytes.
-fn threads_for(bytes: u64) -> u64 {
-    let cpus = thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
-    (bytes / BYTES_PER_THREAD).clamp(1, cpus.min(SHARES_MAX))
-}
-
-/// Cuts `range` into at most `count` parts of about the same length, none of them short, at addresses
-/// where a page of `page_bytes` begins.
-fn shares(range: AddressRange, count: u64, page_bytes: u64) -> impl Iterator<Item = AddressRange> {
-    let share = range.len.div_ceil(count.max(1)).max(SHARE_BYTES);
-    let end = range.end();
-    let mut from = range.start;
-    std::iter::from_fn(move || {
-        let start = from;
-        from = (start + share).next_multiple_of(page_bytes).min(end);
-        (start < end).then(|| AddressRange {
-            start,
-            len: from - start,
-        })
-    })
 }
 
 /// That it is a file of /proc, before an ioctl is tried that may mean anything elsewhere; and then that

@@ -86,7 +86,7 @@ pub(super) fn harvest(tracker: &mut PagemapTracker) -> Vec<u64> {
 }
 
 fn pages_of(tracker: &PagemapTracker) -> u64 {
-    tracker.range.len / PAGE_BYTES
+    tracker.looker.range().len / PAGE_BYTES
 }
 
 pub(super) fn code<T: std::fmt::Debug>(result: Result<T, TrackerError>) -> &'static str {
@@ -100,33 +100,10 @@ fn refused_descriptor(result: Result<PagemapTracker, TrackerError>) -> String {
 }
 
 #[test]
-fn shares_are_all_of_it_and_end_where_a_page_does() {
-    for (start, len, count, page) in [
-        (0x7000, 5 << 30, 8, 2 << 20),
-        (0x4000_0000, 1 << 30, 2, 1 << 30),
-        (0x7fff_f000, (3 << 30) + 4096, 3, 2 << 20),
-        (0x1000, 4096, 1, 2 << 20),
-    ] {
-        let range = AddressRange { start, len };
-        let all: Vec<_> = shares(range, count, page).collect();
-        assert!(all.len() as u64 <= count, "{all:?}");
-        assert_eq!(all[0].start, start);
-        assert_eq!(all[all.len() - 1].end(), range.end());
-        for pair in all.windows(2) {
-            assert_eq!(pair[0].end(), pair[1].start);
-            assert!(pair[1].start.is_multiple_of(page), "{all:?}");
-        }
-    }
-}
-
-#[test]
 fn a_large_region_is_looked_at_by_several_threads_and_nothing_is_missed() {
-    let pages = 4 * SHARE_BYTES / PAGE_BYTES;
+    let pages = (2 << 30) / PAGE_BYTES;
     let writer = Writer::new(pages);
-    let mut tracker = writer.tracker();
-    // Whatever this machine has.
-    tracker.runs = vec![vec![PageRegion::default(); 7].into_boxed_slice(); 4];
-    tracker.arm().unwrap();
+    let mut tracker = writer.armed();
     let written: Vec<u64> = (0..pages).step_by(4099).collect();
     written.iter().for_each(|page| writer.write(*page));
     assert_eq!(harvest(&mut tracker), written);
@@ -187,7 +164,7 @@ fn a_page_is_found_again_only_when_it_is_written_again() {
 
 #[test]
 fn more_runs_than_one_call_brings_are_all_found() {
-    let runs = 3 * RUNS_PER_CALL as u64;
+    let runs = 3 * crate::dirty::look::RUNS_PER_CALL as u64;
     let writer = Writer::new(2 * runs);
     let mut tracker = writer.armed();
     (0..runs).for_each(|run| writer.write(2 * run));
@@ -218,30 +195,6 @@ fn a_hole_that_is_written_after_it_was_punched_is_seen() {
     let _ = harvest(&mut tracker);
     writer.write(12);
     assert_eq!(harvest(&mut tracker), [12]);
-}
-
-#[test]
-fn data_that_appears_in_a_hole_nobody_looked_at_counts_as_written() {
-    let writer = Writer::new(4096);
-    let run = |first, count| PageRange { first, count };
-    (100..200).for_each(|page| writer.write(page));
-    let mut tracker = writer.tracker();
-    let mut take = |ranges: &[PageRange]| {
-        let mut owed = PageSet::empty(4096);
-        let pages = tracker.take_within(ranges.iter().copied(), &mut owed);
-        assert_eq!(pages.unwrap(), owed.count());
-        Vec::from_iter(owed.runs())
-    };
-    assert_eq!(take(&[run(100, 100)]), [run(100, 100)]);
-    assert!(take(&[run(100, 100)]).is_empty());
-    // One hole beside the data, one in a part of the page table that does not exist yet.
-    [150, 200, 3000]
-        .into_iter()
-        .for_each(|page| writer.write(page));
-    let data = [run(100, 101), run(3000, 1)];
-    assert_eq!(take(&data), [run(150, 1), run(200, 1), run(3000, 1)]);
-    assert!(take(&data).is_empty());
-    tracker.check_coverage().unwrap();
 }
 
 #[test]
