@@ -4,6 +4,7 @@
 use std::io;
 
 use nix::errno::Errno;
+use nix::sys::prctl;
 
 /// How long a thread runs before another one has its turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +57,38 @@ pub fn set_slice(slice: Slice) -> io::Result<()> {
     };
     Errno::result(set)?;
     Ok(())
+}
+
+/// While it lives, the sleeps of its thread end when they should; otherwise the kernel may let them last 50 us
+/// longer, to end several at once. See PR_SET_TIMERSLACK in prctl(2).
+#[derive(Debug)]
+pub struct Punctual {
+    /// Nanoseconds; `None`: it cannot be changed.
+    before: Option<u64>,
+    /// It is the thread's that made it.
+    _stays: std::marker::PhantomData<*const ()>,
+}
+
+impl Punctual {
+    /// From now on, for the calling thread.
+    #[must_use]
+    pub fn begin() -> Self {
+        let before = prctl::get_timerslack().ok();
+        let before = before.and_then(|slack| u64::try_from(slack).ok());
+        let _ = prctl::set_timerslack(1);
+        Self {
+            before,
+            _stays: std::marker::PhantomData,
+        }
+    }
+}
+
+impl Drop for Punctual {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            let _ = prctl::set_timerslack(before);
+        }
+    }
 }
 
 #[cfg(test)]
