@@ -95,8 +95,8 @@ pub enum Violation {
         /// Streams there are.
         streams: usize,
     },
-    /// A frame that came after the sender had said that it is done.
-    #[error("stream {stream} sent packet {sequence} after the sender was done")]
+    /// A frame that came after the commit.
+    #[error("stream {stream} sent packet {sequence} after the commit")]
     Closed {
         /// The stream.
         stream: u16,
@@ -184,7 +184,7 @@ pub struct Assembly {
     complete: AtomicU32,
     /// Streams that have ended the one after it.
     marks: AtomicU32,
-    /// The sender is done: no frame is taken any more.
+    /// The sender has committed: no frame is taken any more.
     closed: AtomicBool,
 }
 
@@ -402,17 +402,36 @@ impl Assembly {
         }
     }
 
-    /// The sender is done: takes no frame any more, and says whether all of it is here. That is so if the
-    /// counts agree on every stream, every frame is in place, no Iteration is open, and every page was
-    /// carried and is intact. `sent` is the sender's count by stream number.
+    /// Whether everything is here: the counts agree on every stream, every frame is in place, no Iteration
+    /// is open, and every page was carried and is intact. `sent` is the sender's count by stream number.
+    ///
+    /// A yes holds until the next frame comes, which [`Self::close`] finds out.
+    pub fn check(&self, sent: &[StreamTotals]) -> Result<(), Violation> {
+        self.counts_agree(sent)?;
+        for region in &*self.regions {
+            let pages = pages_in(region.bytes);
+            let missing = pages - region.intact.count();
+            if missing > 0 {
+                return Err(Violation::Incomplete {
+                    name: region.name.clone(),
+                    missing,
+                    pages,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The sender commits to what [`Self::check`] said yes to, with the same counts: takes no frame any
+    /// more, and says whether none has come since.
     ///
     /// Behind a yes nothing changes the memory, though the streams' threads may still wait for packets.
     pub fn close(&self, sent: &[StreamTotals]) -> Result<(), Violation> {
         self.closed.store(true, Ordering::SeqCst);
-        self.verdict(sent)
+        self.counts_agree(sent)
     }
 
-    fn verdict(&self, sent: &[StreamTotals]) -> Result<(), Violation> {
+    fn counts_agree(&self, sent: &[StreamTotals]) -> Result<(), Violation> {
         let streams = self.streams.len();
         let open = self.iterations() + 1;
         let marked = self.marks.load(Ordering::Acquire);
@@ -440,17 +459,6 @@ impl Assembly {
                     stream,
                     applied,
                     received,
-                });
-            }
-        }
-        for region in &*self.regions {
-            let pages = pages_in(region.bytes);
-            let missing = pages - region.intact.count();
-            if missing > 0 {
-                return Err(Violation::Incomplete {
-                    name: region.name.clone(),
-                    missing,
-                    pages,
                 });
             }
         }
@@ -536,17 +544,17 @@ mod tests {
         };
         all.applied(0, 2);
         all.applied(1, 2);
-        assert_eq!(all.verdict(&[totals, totals]), Ok(()));
+        assert_eq!(all.check(&[totals, totals]), Ok(()));
         assert_eq!(all.intact_bytes(), 4 * PAGE_BYTES);
         let other = StreamTotals {
             packets: 3,
             bytes: 4096,
         };
         assert!(matches!(
-            all.verdict(&[totals, other]),
+            all.check(&[totals, other]),
             Err(Violation::Totals { stream: 1, .. })
         ));
-        assert!(all.verdict(&[totals]).is_err(), "a stream is missing");
+        assert!(all.check(&[totals]).is_err(), "a stream is missing");
     }
 
     #[test]
@@ -563,7 +571,7 @@ mod tests {
             bytes: 4096,
         };
         assert!(matches!(
-            all.verdict(&[totals]),
+            all.check(&[totals]),
             Err(Violation::Incomplete {
                 missing: 1,
                 pages: 4,
@@ -573,7 +581,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sender_that_is_done_has_everything_in_place_and_sends_nothing_more() {
+    fn a_sender_that_commits_has_everything_in_place_and_sends_nothing_more() {
         let all = assembly(1);
         all.data(0, &data(1, 1)).unwrap().intact(range(0, 4));
         all.applied(0, 1);
@@ -583,7 +591,7 @@ mod tests {
             bytes: 4096,
         };
         assert_eq!(
-            all.close(&[totals]),
+            all.check(&[totals]),
             Err(Violation::UnderWay {
                 stream: 0,
                 applied: 1,
@@ -591,12 +599,27 @@ mod tests {
             })
         );
         all.applied(0, 2);
-        assert_eq!(all.close(&[totals]), Ok(()));
+        assert_eq!(all.check(&[totals]), Ok(()));
+        // There was more after all.
+        all.data(0, &data(2, 3)).unwrap().intact(range(0, 1));
+        all.applied(0, 3);
+        all.mark(0, &mark(2, 4, 8192)).unwrap();
+        all.applied(0, 4);
+        let more = StreamTotals {
+            packets: 4,
+            bytes: 8192,
+        };
+        assert_eq!(all.check(&[more]), Ok(()));
+        assert!(matches!(
+            all.close(&[totals]),
+            Err(Violation::Totals { stream: 0, .. })
+        ));
+        assert_eq!(all.close(&[more]), Ok(()));
         assert_eq!(
-            all.data(0, &data(2, 3)).unwrap_err(),
+            all.data(0, &data(3, 5)).unwrap_err(),
             Violation::Closed {
                 stream: 0,
-                sequence: 3,
+                sequence: 5,
             }
         );
     }
@@ -622,7 +645,7 @@ mod tests {
             })
         ));
         assert!(matches!(
-            all.verdict(&[]),
+            all.check(&[]),
             Err(Violation::Open {
                 open: 1,
                 marked: 1,
@@ -733,7 +756,7 @@ mod tests {
             bytes: 4096,
         };
         let none = StreamTotals::default();
-        assert_eq!(next.verdict(&[totals, none]), Ok(()));
+        assert_eq!(next.check(&[totals, none]), Ok(()));
         assert!(matches!(
             next.succeed(7, 2),
             Err(Violation::Resumed { found: 2, open: 3 })

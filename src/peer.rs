@@ -102,12 +102,13 @@ impl PeerError {
     }
 }
 
-/// Connects to a receiver and introduces the connection. Waits at most `patience` for each step.
+/// Connects to a receiver and introduces the connection; also gives the protocol version that both speak. Waits
+/// at most `patience` for each step.
 pub async fn connect(
     endpoint: &Endpoint,
     preamble: Preamble,
     patience: Duration,
-) -> Result<Connection, PeerError> {
+) -> Result<(Connection, u16), PeerError> {
     let unreachable = |source| PeerError::Connect {
         endpoint: endpoint.clone(),
         source,
@@ -138,8 +139,9 @@ pub async fn connect(
             seconds: patience.as_secs_f32(),
         });
     };
-    check_answer(preamble.purpose, &answer?)?;
-    Ok(connection)
+    let answer = answer?;
+    check_answer(preamble.purpose, &answer)?;
+    Ok((connection, answer.common_version()))
 }
 
 /// Reads a preamble. Not bounded in time: the caller is.

@@ -18,9 +18,9 @@ use common::memory::{MIB, PAGE, assert_same};
 use common::{Daemon, Pair, Stage, Writer, ended, listing};
 use memferry::pages::PageRange;
 use memferry::wire::{
-    DataHeader, Extent, ExtentKind, FrameHeader, FromReceiver, FromSender, HEADER_BYTES, Header,
-    Hex128, OfferedRegion, Owner, PREAMBLE_BYTES, Preamble, Purpose, Status, StreamTotals, Table,
-    crc32c,
+    ACK_BYTES, DataHeader, Extent, ExtentKind, FrameHeader, FromReceiver, FromSender, HEADER_BYTES,
+    Header, Hex128, OfferedRegion, Owner, PREAMBLE_BYTES, Preamble, Purpose, Status, StreamTotals,
+    Table, crc32c,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -71,6 +71,21 @@ fn a_receiver_of_another_version_is_refused_by_name() {
     let desc = last["error"]["desc"].as_str().unwrap();
     assert!(desc.contains("8 to 9"), "{desc}");
     writer.assert_runs();
+}
+
+#[test]
+fn a_receiver_of_the_version_before_is_asked_to_prepare_only_behind_the_freeze() {
+    let stage = Stage::new();
+    let mut sender = stage.sender();
+    let path = stage.path("r");
+    std::fs::write(&path, [7; 4096]).unwrap();
+    sender.call("region-add", json!({"name": "r", "path": path}));
+    let fake = FakeReceiver::start(Manners::NeverPrepared);
+    sender.call("migrate", json!({"uri": fake.uri, "id": "r"}));
+    fake.wait_said(|message| matches!(message, FromSender::Prepare { .. }));
+    let seen = sender.call("query-migrate", Value::Null);
+    assert_eq!(seen["status"], "completing", "{seen:#}");
+    sender.call("migrate_cancel", json!({"id": "r"}));
 }
 
 #[test]
@@ -301,16 +316,47 @@ fn a_stream_without_the_right_token_epoch_and_number_is_turned_away() {
 }
 
 #[test]
-fn a_packet_behind_the_prepared_changes_nothing_and_ends_the_attempt_by_name() {
+fn a_commit_to_more_than_was_prepared_is_refused_by_name() {
     let mut alone = Alone::new();
-    let mut sender = FakeSender::offer(&alone.uri, offer("late", PAGE, 1));
+    let offer = offer("late", PAGE, 1);
+    let nonce = offer.nonce;
+    let mut sender = FakeSender::offer(&alone.uri, offer);
     let mut stream = sender.stream(0);
     carry_through(&mut sender, &mut stream);
     stream.write_all(&packet(2, 3, |_| {})).unwrap();
-    assert_eq!(sender.refusal(), "protocol");
+    stream.read_exact(&mut [0; ACK_BYTES]).unwrap();
+    say(&mut sender.conversation, &FromSender::Commit { nonce });
+    assert_eq!(sender.refusal(), "incomplete");
     assert!(is_over(&mut stream));
     alone.receiver.wait_arrival("late", "failed");
     alone.assert_as_before();
+}
+
+#[test]
+fn a_sender_that_has_more_after_the_prepared_asks_again_and_commits_to_that() {
+    let stage = Stage::new();
+    let mut receiver = stage.receiver();
+    let uri = receiver.uri();
+    let offer = offer("more", PAGE, 1);
+    let nonce = offer.nonce;
+    let mut sender = FakeSender::offer(&uri, offer);
+    let mut stream = sender.stream(0);
+    carry_through(&mut sender, &mut stream);
+    stream.write_all(&packet(2, 3, |_| {})).unwrap();
+    stream.write_all(&mark(2, 4)).unwrap();
+    stream.read_exact(&mut [0; 2 * ACK_BYTES]).unwrap();
+    let streams = vec![StreamTotals {
+        packets: 4,
+        bytes: 0,
+    }];
+    say(&mut sender.conversation, &prepare(streams));
+    let answer = hear_receiver(&mut sender.conversation);
+    assert_eq!(answer, Some(FromReceiver::Prepared {}));
+    say(&mut sender.conversation, &FromSender::Commit { nonce });
+    let answer = hear_receiver(&mut sender.conversation);
+    assert_eq!(answer, Some(FromReceiver::Committed {}));
+    drop((sender, stream));
+    receiver.wait_arrival("more", "completed");
 }
 
 /// A packet with one page that is a hole, changed by `spoil` before its checksums are made.

@@ -9,7 +9,7 @@ mod common;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -19,8 +19,7 @@ use common::relay::{Act, Kind, Relay, Side};
 use common::{DEADLINE, Pair, Stage, Writer, listing};
 use memferry::pages::PageRange;
 use memferry::wire::{
-    ACK_BYTES, Ack, Algorithm, DataHeader, ExtentKind, HEADER_BYTES, Header, PREAMBLE_BYTES,
-    Packed, Preamble, Status, Table, crc32c,
+    ACK_BYTES, Ack, Algorithm, DataHeader, ExtentKind, HEADER_BYTES, Header, Packed, Table, crc32c,
 };
 use serde_json::{Value, json};
 
@@ -192,41 +191,6 @@ fn a_compressed_transfer_that_is_cut_goes_on() {
     assert_same(&pair.stage.path("r"), &pair.destination("r"));
     assert_eq!(done["recoveries"], 1, "{done:#}");
     assert_compressed(&done);
-}
-
-#[test]
-fn a_receiver_without_compression_is_told_by_name_and_asked_for_nothing_else() {
-    let stage = Stage::new();
-    let mut sender = stage.sender();
-    let source = stage.path("r");
-    words(&source, MIB);
-    sender.call("region-add", json!({"name": "r", "path": source}));
-    // A receiver of version 1: it reads a preamble, and turns away who speaks nothing older than 2.
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let uri = format!("tcp:{}", listener.local_addr().unwrap());
-    let old = std::thread::spawn(move || {
-        ["zstd", "off"].map(|_| {
-            let (mut caller, _) = listener.accept().unwrap();
-            let mut bytes = [0; PREAMBLE_BYTES];
-            caller.read_exact(&mut bytes).unwrap();
-            let asked = Preamble::decode(&bytes).unwrap();
-            let answer = Preamble {
-                version: 1,
-                version_oldest: 1,
-                ..asked.answer(Status::Version)
-            };
-            caller.write_all(&answer.encode()).unwrap();
-            asked.version_oldest
-        })
-    });
-    for compression in ["zstd", "off"] {
-        let order = json!({"uri": uri, "id": "r", "compression": compression});
-        sender.call("migrate", order);
-        let failed = sender.wait_failed("r", "version");
-        let desc = failed["error"]["desc"].as_str().unwrap();
-        assert!(desc.contains("compression needs version 2"), "{desc}");
-    }
-    assert_eq!(old.join().unwrap(), [2, 1]);
 }
 
 /// A packet of `pages` pages from page 0, whose compressed payload is `bytes`.

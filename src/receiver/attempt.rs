@@ -20,9 +20,7 @@ use crate::name::Name;
 use crate::peer::{Connection, Conversation, PeerError};
 use crate::stats::Counter;
 use crate::stream::{IncomingSetup, StreamError};
-use crate::wire::{
-    BlobAccount, FromReceiver, FromSender, Hex128, Offer, OfferedRegion, StreamTotals, Token,
-};
+use crate::wire::{FromReceiver, FromSender, Hex128, Offer, OfferedRegion, Token};
 
 use super::Receiver;
 use super::admission::{self, Refusal};
@@ -140,6 +138,8 @@ struct Accepted {
     applied: (u32, Vec<u64>),
     /// From the first time that everything was there.
     hidden: Option<Vec<Hidden>>,
+    /// The clients that wanted to be asked have agreed.
+    confirmed: bool,
 }
 
 impl Attempt {
@@ -165,14 +165,6 @@ impl Attempt {
                 ended => return ended,
             }
         }
-    }
-
-    /// From the first stream to the commit, over the connections of one epoch.
-    async fn serve(&mut self) -> Result<(), AttemptError> {
-        let (totals, blob) = self.receive().await?;
-        let ready = self.prepare(&totals, blob).await?;
-        self.talk.say(&FromReceiver::Prepared {}).await?;
-        self.commit(ready).await
     }
 
     /// Checks the offer and makes what it needs. Nothing of it is visible in the directory.
@@ -228,6 +220,7 @@ impl Attempt {
             readers,
             applied: (0, Vec::new()),
             hidden: None,
+            confirmed: false,
         });
         Ok(token)
     }
@@ -251,8 +244,10 @@ impl Attempt {
         Ok(Place::New(file))
     }
 
-    /// Lets the streams work, as they come, until the sender says that it is done.
-    async fn receive(&mut self) -> Result<(Vec<StreamTotals>, Option<BlobAccount>), AttemptError> {
+    /// From the first stream to the commit, over the connections of one epoch: lets the streams work, as they
+    /// come, and does what the sender asks for.
+    async fn serve(&mut self) -> Result<(), AttemptError> {
+        let mut ready = None;
         loop {
             let accepted = accepted(&mut self.accepted);
             tokio::select! {
@@ -264,16 +259,25 @@ impl Attempt {
                     }
                 }
                 (stream, end) = accepted.readers.hear() => {
-                    // One that its sender never used: it went on without, or will notice itself.
+                    // Its sender never used it, or has sent all that it had: it does without, or notices itself.
                     let lost = matches!(end, Ok(()) | Err(StreamError::Lost { .. }));
-                    if !(lost && accepted.setup.assembly.is_unused(stream)) {
+                    let needed = ready.is_none() && !accepted.setup.assembly.is_unused(stream);
+                    if !lost || needed {
                         return Err(failure(stream, end, &mut self.talk).await);
                     }
-                    tracing::info!(id = %self.id, stream, "a stream that was not used is gone");
+                    tracing::info!(id = %self.id, stream, "a stream that is not needed is gone");
                 }
                 message = hear(&mut self.talk, &mut accepted.back, &accepted.entry) => match message? {
-                    FromSender::Prepare { streams, blob } => return Ok((streams, blob)),
+                    FromSender::Prepare { streams, blob } => {
+                        ready = Some(self.prepare(streams, blob).await?);
+                        self.talk.say(&FromReceiver::Prepared {}).await?;
+                    }
+                    FromSender::Commit { nonce } if nonce == self.nonce => match ready {
+                        Some(ready) => return self.commit(ready).await,
+                        None => return Err(unexpected(Ok(FromSender::Commit { nonce }))),
+                    },
                     FromSender::Blob(piece) => {
+                        ready = None;
                         if self.blob.is_none() {
                             let made = ArrivingBlob::new(&self.receiver.journal);
                             self.blob = Some(made.map_err(AttemptError::local("keep the final blob"))?);

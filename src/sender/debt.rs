@@ -81,12 +81,16 @@ impl Debt {
         .await
     }
 
-    /// The same for writers that stand still, and what trackers are blind to and can be seen now; but not yet
-    /// that they saw everything, which [`Self::check_sight`] says while the rest is sent. Blocks.
-    pub(super) fn harvest_frozen(&self) -> impl FnOnce() -> Looked + Send + use<> {
-        self.look(|region, tracker, owed| {
+    /// The same for writers that stand still, and what trackers are blind to and can be seen now. Whether
+    /// they saw everything is asked only if it is the `last` look; otherwise there is time for that while
+    /// the rest is sent ([`Self::check_sight`]). Blocks.
+    pub(super) fn harvest_frozen(&self, last: bool) -> impl FnOnce() -> Looked + Send + use<> {
+        self.look(move |region, tracker, owed| {
             let pages = tracker.harvest(owed)?;
             tracker.look_again(region, owed)?;
+            if last {
+                tracker.check_sight(region)?;
+            }
             Ok(pages)
         })
     }

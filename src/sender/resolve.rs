@@ -66,7 +66,7 @@ async fn ask(record: &CommitSent, patience: Duration) -> Result<Owner, PeerError
         ))
     })?;
     let preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
-    let connection = peer::connect(&endpoint, preamble, patience).await?;
+    let (connection, _) = peer::connect(&endpoint, preamble, patience).await?;
     let mut talk = Conversation::<FromSender, FromReceiver>::start(connection, patience);
     let boot_id = record.receiver_boot_id.clone();
     talk.say(&FromSender::Inquire {

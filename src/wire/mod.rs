@@ -22,13 +22,13 @@ pub use packet::{DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeade
 pub use preamble::{PREAMBLE_BYTES, Preamble, Purpose, Status};
 
 /// The protocol version this build speaks. It also talks to the one before it.
-pub const VERSION: u16 = 2;
-
-/// The first version that has compressed payload.
-pub const VERSION_COMPRESSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// The oldest version this build talks to.
-pub const VERSION_OLDEST: u16 = 1;
+pub const VERSION_OLDEST: u16 = 2;
+
+/// The first version whose receivers can be asked to prepare more than once.
+pub const VERSION_PREPARE_AHEAD: u16 = 3;
 
 /// What is wrong with bytes from a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -46,7 +46,7 @@ pub enum WireError {
     },
     /// The peer speaks other versions of the protocol.
     #[error(
-        "the peer speaks protocol versions {oldest} to {newest}, this side {VERSION_OLDEST} to {VERSION} (compression needs version {VERSION_COMPRESSION}): upgrade the older one"
+        "the peer speaks protocol versions {oldest} to {newest}, this side {VERSION_OLDEST} to {VERSION}: upgrade the older one"
     )]
     Version {
         /// Its oldest.

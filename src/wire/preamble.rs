@@ -109,6 +109,12 @@ impl Preamble {
         }
     }
 
+    /// The newest version that the side which sent this and we both speak.
+    #[must_use]
+    pub fn common_version(&self) -> u16 {
+        self.version.min(VERSION)
+    }
+
     /// The bytes.
     #[must_use]
     pub fn encode(&self) -> [u8; PREAMBLE_BYTES] {
@@ -200,7 +206,7 @@ mod tests {
     fn golden_bytes_of_a_stream_preamble() {
         let preamble = Preamble::new(Purpose::Stream(3), Hex128(*b"0123456789abcdef"), 2);
         let bytes = preamble.encode();
-        assert_eq!(&bytes[..16], b"memferry\x02\x00\x01\x00\x02\x00\x03\x00");
+        assert_eq!(&bytes[..16], b"memferry\x03\x00\x02\x00\x02\x00\x03\x00");
         assert_eq!(&bytes[16..36], b"0123456789abcdef\x02\x00\x00\x00");
         assert_eq!(bytes[36..60], [0; 24]);
         assert_eq!(bytes[60..], crate::wire::crc32c(&bytes[..60]).to_le_bytes());

@@ -66,7 +66,8 @@ pub(crate) enum Manners {
     TurnsAway(Status),
     /// Applies packets, and acknowledges marks of Iterations up to this one.
     Acknowledges(u32),
-    /// Acknowledges everything, and never says *prepared*.
+    /// Acknowledges everything, and never says *prepared*. Speaks version 2, so that it is asked for that only when
+    /// the writers stand still.
     NeverPrepared,
     /// Says *prepared*, and does not answer the commit.
     NeverCommitted,
@@ -204,6 +205,9 @@ impl Shared {
                 // What a receiver of a later version would say of itself.
                 (answer.version, answer.version_oldest) = (9, 8);
             }
+        }
+        if matches!(self.manners, Manners::NeverPrepared) {
+            (answer.version, answer.version_oldest) = (2, 2);
         }
         connection.write_all(&answer.encode()).unwrap();
         match caller.purpose {

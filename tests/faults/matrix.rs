@@ -169,11 +169,14 @@ impl Phase {
     /// Accepts the frame of this phase. Never called for [`Phase::After`].
     pub(crate) fn frame(self, tracker: Tracking) -> impl FnMut(&Frame) -> bool + Send + 'static {
         let mut packets = 0;
+        // Where a writer wrote nothing for once, the receiver prepares before the freeze, which is another moment.
+        let mut is_last = tracker.is_quiet() || tracker == Tracking::Scan;
         move |frame: &Frame| {
             let message = |name: &str| matches!(&frame.kind, Kind::Message(kind) if kind == name);
             let packet =
                 |wanted| matches!(frame.kind, Kind::Packet { iteration } if iteration == wanted);
             packets += u64::from(packet(1));
+            is_last |= packet(LIVE_ITERATIONS + 1);
             match self {
                 Self::Handshake => {
                     frame.kind == Kind::Preamble
@@ -181,34 +184,18 @@ impl Phase {
                         && frame.from == Side::Sender
                 }
                 Self::First => packets == 3 && packet(1),
-                Self::Middle if tracker == Tracking::None => {
+                Self::Middle if tracker.is_quiet() => {
                     packets == REGION_BYTES / PACKET_BYTES / 2 && packet(1)
                 }
                 Self::Middle => packet(2),
                 Self::Frozen => packet(LIVE_ITERATIONS + 1),
-                Self::Prepare => message("prepare"),
-                Self::Prepared => message("prepared"),
+                Self::Prepare => is_last && message("prepare"),
+                Self::Prepared => is_last && message("prepared"),
                 Self::Commit => message("commit"),
                 Self::Committed => message("committed"),
                 Self::After => false,
             }
         }
-    }
-
-    /// What `query-migrate` says meanwhile.
-    pub(crate) fn status(self) -> &'static str {
-        match self {
-            Self::Handshake => "setup",
-            Self::First | Self::Middle => "active",
-            Self::Frozen => "device",
-            Self::After => "completed",
-            _ => "completing",
-        }
-    }
-
-    /// Whether a live Region's writer stands still.
-    pub(crate) fn is_frozen(self) -> bool {
-        self >= Self::Frozen
     }
 }
 
@@ -219,6 +206,8 @@ pub(crate) enum Tracking {
     None,
     Scan,
     Pagemap,
+    /// The same, of a writer that is there and writes nothing: the receiver prepares while it runs.
+    Quiet,
     /// Its writer says what it wrote, and stops itself when it is asked to.
     Bitmap,
 }
@@ -227,8 +216,17 @@ pub(crate) const TRACKINGS: &[(Tracking, &str)] = &[
     (Tracking::None, "none"),
     (Tracking::Scan, "scan"),
     (Tracking::Pagemap, "pagemap"),
+    (Tracking::Quiet, "quiet"),
     (Tracking::Bitmap, "bitmap"),
 ];
+
+impl Tracking {
+    /// Whether nothing is written, so that one Iteration is all there is, and the receiver prepares before the
+    /// freeze.
+    pub(crate) fn is_quiet(self) -> bool {
+        matches!(self, Self::None | Self::Quiet)
+    }
+}
 
 pub(crate) const STREAMS: &[u16] = &[1, 4];
 
@@ -310,13 +308,33 @@ pub(crate) fn short() -> Vec<Cell> {
 }
 
 impl Cell {
+    /// What `query-migrate` says at its moment.
+    pub(crate) fn status(&self) -> &'static str {
+        match self.phase {
+            Phase::Handshake => "setup",
+            Phase::First | Phase::Middle => "active",
+            Phase::Frozen => "device",
+            Phase::Prepare | Phase::Prepared if self.tracking.is_quiet() => "active",
+            Phase::Prepare | Phase::Prepared | Phase::Commit | Phase::Committed => "completing",
+            Phase::After => "completed",
+        }
+    }
+
+    /// Whether a live Region's writer stands still then.
+    pub(crate) fn is_frozen(&self) -> bool {
+        match self.phase {
+            Phase::Prepare | Phase::Prepared => !self.tracking.is_quiet(),
+            phase => phase >= Phase::Frozen,
+        }
+    }
+
     /// Whether the fault means anything there.
     pub(crate) fn exists(&self) -> bool {
         let live = self.tracking != Tracking::None;
         let stops_itself = self.tracking == Tracking::Bitmap;
         let at_phase = match self.phase {
             // Nothing is left to be sent after the freeze of what nobody writes.
-            Phase::Frozen => live,
+            Phase::Frozen => !self.tracking.is_quiet(),
             _ => true,
         };
         let frame = self.phase != Phase::After;
@@ -325,6 +343,7 @@ impl Cell {
             Fault::Hang(Process::Writer) => stops_itself,
             Fault::ContinueWriter => {
                 live && !stops_itself
+                    && self.is_frozen()
                     && matches!(self.phase, Phase::Frozen | Phase::Prepare | Phase::Prepared)
             }
             Fault::Truncate | Fault::Delay | Fault::Duplicate | Fault::FlipFrame => frame,
@@ -407,9 +426,9 @@ impl Cell {
                 self.lost(&[ResolvedSource])
             }
             Fault::Duplicate => match self.phase {
-                // The second one is not due any more, and the receiver gives up between the two.
-                Phase::Prepare => &[Failed, ResolvedSource],
-                Phase::Prepared => &[Failed, Identical, ResolvedDestination],
+                // The second answer is not due any more; the receiver may have heard the commit behind it.
+                Phase::Prepare => &[Failed, ResolvedSource, ResolvedDestination],
+                Phase::Prepared => &[Failed, Identical, ResolvedSource, ResolvedDestination],
                 Phase::Commit | Phase::Committed => &[Identical],
                 // A frame in a place where it must not be ends the attempt.
                 _ => &[Failed],
@@ -441,7 +460,7 @@ impl Cell {
         match self.phase {
             Phase::Commit => commit,
             Phase::Committed => &[Identical, ResolvedDestination],
-            phase if phase.is_frozen() => &[Failed, Identical],
+            _ if self.is_frozen() => &[Failed, Identical],
             _ => &[Identical],
         }
     }

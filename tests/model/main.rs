@@ -307,8 +307,8 @@ impl<'a> Attempt<'a> {
         assert_eq!(self.owed.count(), 0, "nothing is torn while nothing writes");
         let changed = self.pass(Pass::Check)?.iter().map(|r| r.pages).sum::<u64>();
         assert_eq!(changed, 0, "nothing changes while nothing writes");
-        let verdict = self.assembly.close(&self.totals);
-        assert_eq!(verdict, Ok(()));
+        assert_eq!(self.assembly.check(&self.totals), Ok(()));
+        assert_eq!(self.assembly.close(&self.totals), Ok(()));
         Ok(())
     }
 
@@ -406,6 +406,19 @@ struct Met {
     completed: u64,
 }
 
+impl Met {
+    /// Whether something never happened that the model is for.
+    fn was_easy(&self) -> bool {
+        [
+            self.resumed,
+            self.failed_attempts,
+            self.torn_pages,
+            self.unchanged_pages,
+        ]
+        .contains(&0)
+    }
+}
+
 fn run(seed: u64, met: &mut Met) {
     let _seed = Seed(seed);
     let mut random = Random::new(seed);
@@ -469,13 +482,10 @@ fn after_the_last_frozen_pass_no_page_at_the_receiver_is_stale() {
     for run_number in 0..runs {
         run(first.wrapping_add(run_number), &mut met);
     }
-    println!("{met:?}");
-    assert_eq!(met.completed, runs);
-    if runs >= RUNS_DEFAULT {
-        let lost = met.failed_attempts > 0 && met.resumed > 0;
-        assert!(
-            lost && met.torn_pages > 0 && met.unchanged_pages > 0,
-            "{met:?}: too easy"
-        );
+    // What is rare may not have happened yet.
+    while runs >= RUNS_DEFAULT && met.was_easy() && met.completed < 20 * runs {
+        run(first.wrapping_add(met.completed), &mut met);
     }
+    println!("{met:?}");
+    assert!(runs < RUNS_DEFAULT || !met.was_easy(), "{met:?}");
 }

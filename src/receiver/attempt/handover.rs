@@ -1,4 +1,4 @@
-//! From *prepare* to the commit record: everything is there and intact, and then it is ours.
+//! *Prepare* and the commit record: everything is there and intact, and then it is ours.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,8 +8,7 @@ use serde_json::json;
 use tokio::time::timeout;
 
 use crate::journal::Decision;
-use crate::stream::StreamError;
-use crate::wire::{BlobAccount, FromReceiver, FromSender, Hex128, StreamTotals};
+use crate::wire::{BlobAccount, FromReceiver, Hex128, StreamTotals};
 
 use super::super::admission::Refusal;
 use super::super::blob::KeptBlob;
@@ -17,29 +16,29 @@ use super::super::destination::{self, Hidden};
 use super::super::error::AttemptError;
 use super::super::memory;
 use super::super::prepared::Place;
-use super::super::readers::Readers;
-use super::{Attempt, REASON_WAIT, accepted, failure, hear, unexpected};
+use super::{Attempt, REASON_WAIT, accepted, hear, unexpected};
 
 /// What a commit would take over.
 pub(super) struct Ready {
+    /// What each stream carried: a commit is honoured if nothing has come since.
+    totals: Vec<StreamTotals>,
     /// Each file, and the final name it gets.
     moves: Vec<(PathBuf, PathBuf)>,
     blob: Option<KeptBlob>,
 }
 
 impl Attempt {
-    /// Everything is there and intact, and every file has a name to be renamed from. What is not in place
-    /// now never will be: the streams' threads take nothing more. They are not ended yet, because a writer
-    /// stands still, and on a busy machine each of them would have to wait for a CPU to end.
+    /// Everything is there and intact, and every file has a name to be renamed from. The streams go on: the
+    /// sender may find that there is more, and ask again.
     pub(super) async fn prepare(
         &mut self,
-        totals: &[StreamTotals],
+        totals: Vec<StreamTotals>,
         blob: Option<BlobAccount>,
     ) -> Result<Ready, AttemptError> {
         let nonce = self.nonce;
         let accepted = accepted(&mut self.accepted);
         let setup = Arc::clone(&accepted.setup);
-        setup.assembly.close(totals)?;
+        setup.assembly.check(&totals)?;
         let blob = match (self.blob.take(), blob) {
             (None, None) => None,
             (Some(arrived), Some(account)) if arrived.account() == account => {
@@ -68,11 +67,18 @@ impl Attempt {
         let hidden = accepted.hidden.get_or_insert(hidden);
         let moves = hidden.iter().map(Hidden::its_move).collect();
         self.confirm().await?;
-        Ok(Ready { moves, blob })
+        Ok(Ready {
+            totals,
+            moves,
+            blob,
+        })
     }
 
-    /// Clients that prepared memory and want to be asked say yes, or the attempt is over.
+    /// Clients that prepared memory and want to be asked say yes, or the attempt is over. Each is asked once.
     async fn confirm(&mut self) -> Result<(), AttemptError> {
+        if accepted(&mut self.accepted).confirmed {
+            return Ok(());
+        }
         let asked = self.receiver.lock().holdings.to_confirm(&self.id);
         let accepted = accepted(&mut self.accepted);
         for (client, regions) in asked {
@@ -104,22 +110,16 @@ impl Attempt {
                 }
             }
         }
+        accepted.confirmed = true;
         Ok(())
     }
 
-    /// The one step after which the Regions are ours. There is no way back behind the record.
+    /// The one step after which the Regions are ours. There is no way back behind the record. Streams' threads
+    /// are not ended for it: a writer stands still, and on a busy machine each of them would have to wait for
+    /// a CPU to end.
     pub(super) async fn commit(&mut self, ready: Ready) -> Result<(), AttemptError> {
         let accepted = accepted(&mut self.accepted);
-        let heard = tokio::select! {
-            message = hear(&mut self.talk, &mut accepted.back, &accepted.entry) => message?,
-            (stream, error) = broken_rule(&mut accepted.readers) => {
-                return Err(failure(stream, Err(error), &mut self.talk).await);
-            }
-        };
-        match heard {
-            FromSender::Commit { nonce } if nonce == self.nonce => {}
-            other => return Err(unexpected(Ok(other))),
-        }
+        accepted.setup.assembly.close(&ready.totals)?;
         let record = Decision::Committed {
             boot_id: self.receiver.boot_id.clone(),
             id: self.id.clone(),
@@ -192,15 +192,4 @@ fn hide(places: &[Place], named: bool, nonce: Hex128) -> io::Result<Vec<Hidden>>
         }
     }
     Ok(hidden)
-}
-
-/// Waits for a stream on which its sender does what it must not do any more. A connection that ends is
-/// no news here: everything has arrived.
-async fn broken_rule(readers: &mut Readers) -> (u16, StreamError) {
-    loop {
-        match readers.hear().await {
-            (_, Ok(()) | Err(StreamError::Lost { .. })) => {}
-            (stream, Err(error)) => return (stream, error),
-        }
-    }
 }

@@ -1,6 +1,6 @@
 //! From the freeze to the commit: the writer stands still, and then the memory has another owner.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
@@ -9,14 +9,14 @@ use crate::freeze::Freezer;
 use crate::journal::CommitSent;
 use crate::limits::PAGE_BYTES;
 use crate::stream::Pass;
-use crate::wire::{FromReceiver, FromSender};
+use crate::wire::{FromReceiver, FromSender, VERSION_PREPARE_AHEAD};
 
 use super::super::clients::Said;
 use super::super::crew::REASON_WAIT;
 use super::super::error::TransferError;
 use super::super::status::Status;
 use super::blob::Blob;
-use super::{Outcome, Transfer, Writer, under_way, unexpected};
+use super::{Outcome, Talk, Transfer, Writer, under_way, unexpected};
 
 impl Transfer {
     /// Stops the writers, waits until they are seen to stand still, and asks the trackers.
@@ -27,7 +27,7 @@ impl Transfer {
             .iter()
             .map(|registered| registered.freezer.clone())
             .collect();
-        let look = self.debt.harvest_frozen();
+        let look = self.debt.harvest_frozen(self.is_prepared());
         let frozen = self
             .standstill
             .freeze(freezers, self.parameters.freeze_timeout, look);
@@ -98,51 +98,80 @@ impl Transfer {
         Ok(())
     }
 
+    /// Whether the receiver has said that it has all that was ever sent, and would honour a commit.
+    fn is_prepared(&self) -> bool {
+        self.prepared_after == Some(self.iteration) && self.blob.is_none()
+    }
+
+    /// Whether to have the receiver prepare before the writers are stopped: nothing is left, and maybe
+    /// nothing will be.
+    pub(super) fn can_prepare_ahead(&self) -> bool {
+        self.version >= VERSION_PREPARE_AHEAD
+            && !self.is_prepared()
+            && !self.scans()
+            && self.debt.pages() == 0
+    }
+
+    /// Has the receiver prepare while the writers run, so that they need not stand still for that. What
+    /// they write from now on is found by the look after the freeze: then it is sent, and the receiver is
+    /// asked again.
+    pub(super) async fn prepare_ahead(&mut self) -> Result<(), TransferError> {
+        let started = Instant::now();
+        let (question, patience) = (self.question(), self.patience());
+        ask_receiver(under_way(&mut self.talk)?, question, patience).await?;
+        self.prepared_after = Some(self.iteration);
+        // It may have taken its time, and to stop the writers now may not be wise any more.
+        let marked = self.debt.harvest().await?;
+        self.learn(0, Duration::ZERO, 0, marked, started.elapsed());
+        Ok(())
+    }
+
+    fn question(&self) -> FromSender {
+        FromSender::Prepare {
+            streams: self.totals.clone(),
+            blob: self.blob.as_ref().map(Blob::account),
+        }
+    }
+
+    /// How long *prepared* may take. Heartbeats are no progress, and the writers may stand still meanwhile.
+    /// If the receiver waits for somebody, it gives up first and says why.
+    fn patience(&self) -> Duration {
+        self.parameters.stall_timeout + REASON_WAIT
+    }
+
     /// The receiver counts the same as we do, and has everything.
     pub(super) async fn prepare(&mut self) -> Result<(), TransferError> {
         self.attempt.enter(Status::Completing);
         let started = Instant::now();
-        let streams = self.totals.clone();
+        let (prepared, question, patience) = (self.is_prepared(), self.question(), self.patience());
         let talk = under_way(&mut self.talk)?;
-        talk.say(&FromSender::Prepare {
-            streams,
-            blob: self.blob.as_ref().map(Blob::account),
-        })
-        .await?;
-        // Heartbeats are no progress, and the writer stands still meanwhile. If the receiver waits for somebody, it gives
-        // up first and says why.
-        let patience = self.parameters.stall_timeout + REASON_WAIT;
-        // While the receiver makes itself ready, every tracker is asked once more, unless there was no
-        // Iteration since, and whether it saw everything; and writers that stopped themselves promise to
-        // stay so, which from the commit on only the receiver's word may change.
-        let ask = async {
+        // Every tracker is asked once more, unless there was no Iteration since, and whether it saw everything.
+        // Begun first: it takes longest.
+        let look = async {
             match self.asked_last {
+                true if prepared => Ok(0),
                 true => self.debt.check_sight().await,
                 false => self.debt.harvest().await,
             }
         };
-        let (answer, written, promised) = tokio::join!(
-            timeout(patience, talk.hear()),
-            ask,
-            self.standstill
-                .all_say(Said::HandsOver, self.parameters.freeze_timeout),
-        );
+        let answer = async {
+            match prepared {
+                true => Ok(()),
+                false => ask_receiver(talk, question, patience).await,
+            }
+        };
+        // Writers that stopped themselves promise to stay so, which from the commit on only the receiver's
+        // word may change.
+        let promise = self
+            .standstill
+            .all_say(Said::HandsOver, self.parameters.freeze_timeout);
+        let (written, answer, promised) = tokio::join!(biased; look, answer, promise);
         promised?;
         match written? {
             0 => {}
             pages => return Err(TransferError::NotFrozen { pages }),
         }
-        match answer {
-            Ok(message) => match message? {
-                FromReceiver::Prepared {} => {}
-                other => return Err(unexpected(other)),
-            },
-            Err(_) => {
-                return Err(TransferError::NotPrepared {
-                    seconds: patience.as_secs_f32(),
-                });
-            }
-        }
+        answer?;
         // The last look before the point of no return.
         self.standstill.check()?;
         self.downtime.prepare = started.elapsed();
@@ -196,5 +225,23 @@ impl Transfer {
                 Outcome::Indeterminate(Box::new(record))
             }
         }
+    }
+}
+
+/// Asks the receiver whether everything is there, and waits for its yes.
+async fn ask_receiver(
+    talk: &mut Talk,
+    question: FromSender,
+    patience: Duration,
+) -> Result<(), TransferError> {
+    talk.say(&question).await?;
+    match timeout(patience, talk.hear()).await {
+        Ok(message) => match message? {
+            FromReceiver::Prepared {} => Ok(()),
+            other => Err(unexpected(other)),
+        },
+        Err(_) => Err(TransferError::NotPrepared {
+            seconds: patience.as_secs_f32(),
+        }),
     }
 }

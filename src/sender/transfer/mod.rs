@@ -102,12 +102,16 @@ pub(super) struct Transfer {
     asked: Instant,
     /// They were asked while the writers stood still, and nothing was sent since.
     asked_last: bool,
+    /// The Iteration after which the receiver said, over these connections, that it is prepared.
+    prepared_after: Option<u32>,
     /// How long an answer of the receiver takes.
     round_trip: Duration,
     totals: Vec<StreamTotals>,
     /// Where the conversation went: streams and inquiries go to the same receiver.
     reached: Endpoint,
     talk: Option<Talk>,
+    /// The protocol version that the receiver speaks with us.
+    version: u16,
     receiver_boot_id: BootId,
     crew: Crew,
     clock: Clock,
@@ -176,10 +180,12 @@ impl Transfer {
             time_before: Duration::ZERO,
             asked: Instant::now(),
             asked_last: false,
+            prepared_after: None,
             round_trip: Duration::ZERO,
             totals: vec![StreamTotals::default(); parameters.streams.into()],
             reached: order.endpoint.clone(),
             talk: None,
+            version: 0,
             receiver_boot_id: BootId("".into()),
             crew: Crew::new(cpus).map_err(TransferError::local("make an eventfd"))?,
             clock: Clock::new(),
@@ -243,6 +249,8 @@ impl Transfer {
                 self.hold().await?;
                 if !self.converged()? {
                     self.iterate(Writer::Runs).await?;
+                } else if self.can_prepare_ahead() {
+                    self.prepare_ahead().await?;
                 } else if self.attempt.begin_freeze() {
                     break;
                 }

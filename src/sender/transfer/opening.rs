@@ -12,7 +12,6 @@ use crate::region::RegionError;
 use crate::stream::{Pace, StreamSetup};
 use crate::wire::{
     FromReceiver, FromSender, Offer, OfferedRegion, Preamble, Purpose, StreamTotals, Token,
-    VERSION_COMPRESSION,
 };
 
 use super::super::crew::choose;
@@ -24,12 +23,10 @@ impl Transfer {
     /// Begins a conversation.
     pub(super) async fn call(&mut self) -> Result<&mut Talk, TransferError> {
         let patience = self.parameters.stall_timeout;
-        let mut preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
-        if self.parameters.compression != Compression::Off {
-            // An older receiver says so now, and not at the first packet that it cannot read.
-            preamble.version_oldest = VERSION_COMPRESSION;
-        }
-        let connection = peer::connect(&self.order.endpoint, preamble, patience).await?;
+        let preamble = Preamble::new(Purpose::Conversation, Token::ZERO, 0);
+        let connected = peer::connect(&self.order.endpoint, preamble, patience).await?;
+        let (connection, version) = connected;
+        self.version = version;
         self.reached = peer::reached(&connection, &self.order.endpoint);
         self.round_trip = peer::round_trip(&connection);
         Ok(self.talk.insert(Talk::start(connection, patience)))
@@ -136,7 +133,10 @@ impl Transfer {
                 .map(|&stream| {
                     let preamble = Preamble::new(Purpose::Stream(stream), token, epoch);
                     let to = self.reached.clone();
-                    let connect = async move { peer::connect(&to, preamble, patience).await };
+                    let connect = async move {
+                        let connected = peer::connect(&to, preamble, patience).await;
+                        connected.map(|(connection, _)| connection)
+                    };
                     AbortOnDropHandle::new(tokio::spawn(connect))
                 })
                 .collect();

@@ -181,7 +181,14 @@ impl Transfer {
     /// What an Iteration of this length tells of the rates: payload went out at `sent` bytes per second
     /// for `sending`, so many pages arrived torn, and trackers that know by themselves have named `marked`
     /// pages since they were asked before.
-    fn learn(&mut self, sent: u64, sending: Duration, torn: u64, marked: u64, time: Duration) {
+    pub(super) fn learn(
+        &mut self,
+        sent: u64,
+        sending: Duration,
+        torn: u64,
+        marked: u64,
+        time: Duration,
+    ) {
         if sent > 0 {
             self.rates.sent.add(float(sent), sending);
         }

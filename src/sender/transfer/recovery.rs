@@ -98,7 +98,7 @@ impl Transfer {
             .crew
             .successor()
             .map_err(TransferError::local("make an eventfd"))?;
-        (self.caught_up, self.asked_last) = (false, false);
+        (self.caught_up, self.asked_last, self.prepared_after) = (false, false, None);
 
         let mut pause = Duration::ZERO;
         let mut why = None;

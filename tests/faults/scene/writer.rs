@@ -41,10 +41,14 @@ impl Live {
         let (writer, account) = match tracking {
             Tracking::None => return None,
             Tracking::Scan => (with(&[]), None),
-            Tracking::Pagemap => (
-                Writer::register(source, bytes, RATE, working_set, socket),
-                None,
-            ),
+            Tracking::Pagemap | Tracking::Quiet => {
+                let rate = match tracking {
+                    Tracking::Quiet => "0",
+                    _ => RATE,
+                };
+                let writer = Writer::register(source, bytes, rate, working_set, socket);
+                (writer, None)
+            }
             Tracking::Bitmap => {
                 let account = stage.path("account");
                 let more = ["--register", socket.to_str().unwrap(), "--name", ID];
