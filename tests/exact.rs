@@ -53,6 +53,30 @@ fn a_registered_writer_is_moved_with_what_it_wrote_to_the_last_page() {
 }
 
 #[test]
+fn pages_that_are_written_in_every_pass_are_left_for_the_last_one() {
+    let mut pair = Pair::new();
+    let socket = pair.sender.socket().to_owned();
+    let register = ["--register", socket.to_str().unwrap(), "--name", "r"];
+    let path = pair.stage.path("r");
+    let more = [&register[..], &["--pattern", "zipf"]].concat();
+    let writer = Writer::with(&path, 48 * MIB, "50MiB/s", 32 * MIB, &more);
+    // So slow that a pass lasts as long as the one before: some pages are written in each, others in some.
+    let order = json!({"max-bandwidth": "30MiB/s", "downtime-limit": "1us", "max-iterations": 7});
+    let done = pair.transfer("r", order);
+    assert!(writer.is_stopped());
+    assert_same(&writer.path, &pair.destination("r"));
+    let passes = done["iterations"].as_array().unwrap();
+    let left = |pass: &Value| pass["left"].as_u64().unwrap();
+    let (last, others) = passes.split_last().unwrap();
+    assert!(others.iter().any(|pass| left(pass) > 0), "{done:#}");
+    assert_eq!(left(last), 0, "{done:#}");
+    for pass in others.iter().filter(|pass| left(pass) > 0) {
+        let (sent, left) = (pass["pages"].as_u64().unwrap(), left(pass));
+        assert!(sent * 8 >= sent + left, "enough is sent: {done:#}");
+    }
+}
+
+#[test]
 fn a_writer_that_dies_ends_the_transfer_by_name() {
     let mut pair = Pair::new();
     let path = pair.stage.path("r");

@@ -15,6 +15,7 @@ use crate::region::{Region, RegionError};
 use crate::stream::Owed;
 
 use super::error::TransferError;
+use super::habits::Habits;
 
 /// A Region and how its writes are found.
 pub(super) type Source = (Arc<Region>, Tracker);
@@ -31,6 +32,7 @@ impl<A: Fn(&Region, &Tracker, &mut PageSet) -> Looked + Send + 'static> Ask for 
 pub(super) struct Debt {
     sources: Arc<[Source]>,
     owed: Arc<Owed>,
+    habits: Habits,
 }
 
 impl Debt {
@@ -40,6 +42,7 @@ impl Debt {
         Self {
             owed: Arc::new(Owed::all_of(pages)),
             sources,
+            habits: Habits::default(),
         }
     }
 
@@ -118,26 +121,35 @@ impl Debt {
         }
     }
 
-    /// What an Iteration has to look at to pay the debt. `first`: no Iteration has carried all yet.
+    /// What an Iteration has to look at to pay the debt, and how many pages it leaves, if it may `leave` those
+    /// that are written in every pass. `first`: no Iteration has carried all yet.
     pub(super) async fn plan(
-        &self,
+        &mut self,
         iteration: u32,
         first: bool,
+        leave: bool,
         packet_size: u64,
         streams: u16,
-    ) -> Result<Arc<Plan>, TransferError> {
+    ) -> Result<(Arc<Plan>, u64), TransferError> {
         let (sources, owed) = (Arc::clone(&self.sources), Arc::clone(&self.owed));
+        let mut habits = std::mem::take(&mut self.habits);
         let plan = spawn_blocking(move || {
+            let regions = (0..).zip(&*sources);
+            let all = regions.map(|(index, _)| owed.of(index).clone()).collect();
+            let (sent, left) = habits.worth_sending(all, leave);
             let mut runs: Vec<Run> = Vec::new();
-            for (index, (region, tracker)) in (0..).zip(&*sources) {
-                tracker.plan(index, region, &owed.of(index), first, &mut runs)?;
+            for (index, ((region, tracker), sent)) in (0..).zip(sources.iter().zip(&sent)) {
+                tracker.plan(index, region, sent, first, &mut runs)?;
             }
-            Ok::<_, RegionError>(Plan::new(iteration, packet_size, streams, runs))
+            let plan = Arc::new(Plan::new(iteration, packet_size, streams, runs));
+            Ok::<_, RegionError>((plan, left, habits))
         });
-        let plan = plan
+        let planned = plan
             .await
             .map_err(|error| TransferError::local("plan an iteration")(error.into()))?;
-        Ok(Arc::new(plan?))
+        let (plan, left);
+        (plan, left, self.habits) = planned?;
+        Ok((plan, left))
     }
 
     /// The attempt has failed: what trackers reported for it is dirty again.

@@ -11,6 +11,7 @@ mod commands;
 mod crew;
 mod debt;
 mod error;
+mod habits;
 mod hold;
 mod moved;
 mod registry;

@@ -71,6 +71,8 @@ pub(super) struct IterationRow {
     pub(super) pass: u32,
     pub(super) payload_bytes: u64,
     pub(super) pages: u64,
+    /// Pages that were owed and not sent, because they are written in every pass.
+    pub(super) left_pages: u64,
     pub(super) torn_pages: u64,
     /// What is dirty at its end, as far as that is known.
     pub(super) dirty_bytes: u64,

@@ -155,6 +155,7 @@ fn row(row: &IterationRow) -> Value {
         "pass": row.pass,
         "bytes": row.payload_bytes,
         "pages": row.pages,
+        "left": row.left_pages,
         "torn": row.torn_pages,
         "dirty-bytes": row.dirty_bytes,
         "time-us": us(row.time),

@@ -79,10 +79,11 @@ impl Transfer {
             region.check_length()?;
         }
         if self.scans() {
-            let plan = self
+            let (plan, _) = self
                 .debt
                 .plan(
                     self.iteration,
+                    false,
                     false,
                     self.parameters.packet_size,
                     self.crew.len(),

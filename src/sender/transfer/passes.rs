@@ -105,17 +105,28 @@ impl Transfer {
     /// One pass over what is owed or may have been written. When it ends, everything that was lent is
     /// released and everything that was sent is applied, on every stream.
     pub(super) async fn iterate(&mut self, writer: Writer) -> Result<(), TransferError> {
+        let mut shrinking = true;
         if self.passes > 0 {
-            self.remaining_before = self.remaining_bytes()?;
+            let remaining = self.remaining_bytes()?;
+            shrinking = remaining <= self.remaining_before / 2;
+            self.remaining_before = remaining;
         }
+        // Where every pass is half as long as the one before, even what is written often may stand still in the
+        // next one. What is found or skipped by comparing is not known to be written at all.
+        let leave = writer == Writer::Runs
+            && self.passes > 1
+            && !shrinking
+            && !self.parameters.skip_unchanged
+            && !self.scans();
         self.iteration += 1;
         self.asked_last = false;
         let started = Instant::now();
-        let plan = self
+        let (plan, left) = self
             .debt
             .plan(
                 self.iteration,
                 self.passes == 0,
+                leave,
                 self.parameters.packet_size,
                 self.crew.len(),
             )
@@ -146,8 +157,8 @@ impl Transfer {
         for report in &reports {
             self.totals[usize::from(report.stream)] = report.totals;
         }
-        // What a whole Iteration leaves arrived torn.
-        let torn_pages = self.debt.pages();
+        // What a whole Iteration was to send and leaves arrived torn.
+        let torn_pages = self.debt.pages().saturating_sub(left);
         let longest =
             |time: fn(&Report) -> Duration| reports.iter().map(time).max().unwrap_or_default();
         let flush_time = longest(|report| report.flush_time);
@@ -169,6 +180,7 @@ impl Transfer {
             pass: self.passes,
             payload_bytes: reports.iter().map(|report| report.payload_bytes).sum(),
             pages,
+            left_pages: left,
             torn_pages,
             dirty_bytes: self.remaining_bytes()?,
             time,
