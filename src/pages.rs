@@ -41,7 +41,7 @@ pub fn dense_areas(ranges: &[PageRange], area: u64) -> impl Iterator<Item = u64>
 }
 
 /// A run of pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PageRange {
     /// The first page.
     pub first: u64,

@@ -46,9 +46,10 @@ impl Populator {
 fn populate_all(ordered: &mpsc::Receiver<(Weak<Region>, Populated)>) {
     while let Ok((region, populated)) = ordered.recv() {
         let mut from = 0;
+        let mut known = Known::default();
         // A Region that was removed meanwhile is let go of between two steps.
         while let Some(region) = region.upgrade() {
-            match step(&region, from) {
+            match step(&region, from, &mut known) {
                 Ok(Some(done)) => {
                     populated.fetch_add(done.bytes(region.bytes()), Ordering::Relaxed);
                     from = done.end();
@@ -63,18 +64,35 @@ fn populate_all(ordered: &mpsc::Receiver<(Weak<Region>, Populated)>) {
     }
 }
 
+/// An extent that was found, and how much was allocated in all when it was.
+#[derive(Debug, Default)]
+struct Known {
+    data: PageRange,
+    allocated_bytes: u64,
+}
+
 /// Populates the first data from the page `from` on; `None` if there is no more.
-fn step(region: &Region, from: u64) -> Result<Option<PageRange>, RegionError> {
+fn step(region: &Region, from: u64, known: &mut Known) -> Result<Option<PageRange>, RegionError> {
     let Some(count) = region.pages().checked_sub(from).filter(|count| *count > 0) else {
         return Ok(None);
     };
     let rest = PageRange { first: from, count };
-    let Some(data) = region.next_data(rest)? else {
-        return Ok(None);
-    };
+    // The end of an extent is found by walking it: not at every step. Where memory was given back since, the
+    // extent may have a hole.
+    let allocated_bytes = region.allocated_bytes()?;
+    if from >= known.data.end() || allocated_bytes < known.allocated_bytes {
+        let Some(data) = region.next_data(rest)? else {
+            return Ok(None);
+        };
+        *known = Known {
+            data,
+            allocated_bytes,
+        };
+    }
+    let first = known.data.first.max(from);
     let piece = PageRange {
-        first: data.first,
-        count: data.count.min(STEP_PAGES),
+        first,
+        count: (known.data.end() - first).min(STEP_PAGES),
     };
     region.populate(piece);
     Ok(Some(piece))
