@@ -1,6 +1,7 @@
 //! The streams of one epoch: a thread each, and the one place where they meet the control plane.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc as jobs;
 use std::thread;
@@ -86,6 +87,7 @@ impl Crew {
             wake: self.wake.clone(),
         };
         let fd = peer::into_descriptor(connection)?;
+        channel::keep_queue_short(fd.as_fd())?;
         let Some(choice) = choice else {
             return Ok(Opened {
                 channel: Box::new(SocketChannel::new(fd, patience, false)?),
