@@ -3,20 +3,41 @@
 //! Where the kernel copies what was lent, a plain send is cheaper. So a window of sends is watched, and if
 //! every one in it was copied the stream copies for a while; then it lends a window's worth to see whether
 //! that has changed, later and later if it has not. A kernel's flag covers ranges of sends and is raised
-//! for single packets, so less than a whole window decides nothing.
+//! for single packets, so less than a whole window decides nothing. The first window is that of all streams
+//! together, which take the same way: each for itself, many streams would do little else.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::channel::Flush;
 
 /// Sends that decide. On a copying path they cost about half of their time more; eight packets of 1 MiB
-/// are 8 MiB per stream.
+/// are 8 MiB.
 const WINDOW_SENDS: u64 = 8;
 
 /// How long a stream copies before it tries again, at first and at most.
 const PAUSE_MIN: Duration = Duration::from_secs(10);
 const PAUSE_MAX: Duration = Duration::from_secs(320);
+
+/// What the streams of an epoch have had back of their first window: how many sends, and in the upper half how
+/// many of them were not copied. One word, so that no reader sees the one without the other.
+#[derive(Debug, Default)]
+pub struct FirstSends(AtomicU64);
+
+impl FirstSends {
+    /// Adds what one stream had back, and gives what all had.
+    fn add(&self, more: Flush) -> Flush {
+        let more = more.sends | (more.sends - more.copied) << 32;
+        let all = self.0.fetch_add(more, Ordering::Relaxed) + more;
+        let (sends, saved) = (all & u64::from(u32::MAX), all >> 32);
+        Flush {
+            sends,
+            copied: sends - saved,
+        }
+    }
+}
 
 /// A stream went from one way of sending to another.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,8 +74,10 @@ pub(super) enum Change {
 enum State {
     /// The channel cannot lend, or is not to.
     Never,
+    /// The first window; `seen` is what this stream has added to it.
+    Begins { seen: Flush },
     /// `start` is what had been released when the window began; `proven`: a window before was not all
-    /// copied, or this is the first.
+    /// copied.
     Lends { start: Flush, proven: bool },
     /// Until then.
     Copies { until: Instant },
@@ -63,23 +86,22 @@ enum State {
 #[derive(Debug)]
 pub(super) struct Lending {
     state: State,
+    first: Arc<FirstSends>,
     /// The last window was not all copied.
     works: bool,
     pause: Duration,
 }
 
 impl Lending {
-    /// For a stream whose channel can lend, or cannot.
-    pub(super) fn new(capable: bool) -> Self {
-        let start = Flush::NOTHING_OWED;
+    /// For a stream whose channel can lend, or cannot; `first` is that of all streams that take its way.
+    pub(super) fn new(capable: bool, first: Arc<FirstSends>) -> Self {
+        let seen = Flush::NOTHING_OWED;
         Self {
             state: match capable {
-                true => State::Lends {
-                    start,
-                    proven: true,
-                },
+                true => State::Begins { seen },
                 false => State::Never,
             },
+            first,
             works: false,
             pause: PAUSE_MIN,
         }
@@ -87,7 +109,7 @@ impl Lending {
 
     /// Whether the next packet is to be lent.
     pub(super) fn lends(&self) -> bool {
-        matches!(self.state, State::Lends { .. })
+        matches!(self.state, State::Begins { .. } | State::Lends { .. })
     }
 
     /// Whether lending is known to save the copy, so that preparing more for it pays.
@@ -108,35 +130,79 @@ impl Lending {
                 }
                 None
             }
+            State::Begins { seen } => {
+                self.state = State::Begins { seen: released };
+                let window = self.first.add(since(seen, released));
+                self.decide(window, released, true, now)
+            }
             State::Lends { start, proven } => {
-                let window = Flush {
-                    sends: released.sends - start.sends,
-                    copied: released.copied - start.copied,
-                };
-                if window.sends < WINDOW_SENDS {
-                    return None;
-                }
-                self.works = !window.all_copied();
-                if window.all_copied() {
-                    let until = now + self.pause;
-                    self.state = State::Copies { until };
-                    self.pause = (self.pause * 2).min(PAUSE_MAX);
-                    return proven.then_some(Change::FellBack);
-                }
-                self.state = State::Lends {
-                    start: released,
-                    proven: true,
-                };
-                self.pause = PAUSE_MIN;
-                (!proven).then_some(Change::Recovered)
+                self.decide(since(start, released), released, proven, now)
             }
         }
+    }
+
+    /// Looks at a window. `lent`: the stream is known to lend, so that this is no news.
+    fn decide(
+        &mut self,
+        window: Flush,
+        released: Flush,
+        lent: bool,
+        now: Instant,
+    ) -> Option<Change> {
+        if window.sends < WINDOW_SENDS {
+            return None;
+        }
+        self.works = !window.all_copied();
+        if window.all_copied() {
+            let until = now + self.pause;
+            self.state = State::Copies { until };
+            self.pause = (self.pause * 2).min(PAUSE_MAX);
+            return lent.then_some(Change::FellBack);
+        }
+        self.state = State::Lends {
+            start: released,
+            proven: true,
+        };
+        self.pause = PAUSE_MIN;
+        (!lent).then_some(Change::Recovered)
+    }
+}
+
+/// What was released between the two.
+fn since(start: Flush, released: Flush) -> Flush {
+    Flush {
+        sends: released.sends - start.sends,
+        copied: released.copied - start.copied,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn alone(capable: bool) -> Lending {
+        Lending::new(capable, Arc::default())
+    }
+
+    #[test]
+    fn streams_look_at_their_first_window_together_and_each_says_so() {
+        let (now, first) = (Instant::now(), Arc::<FirstSends>::default());
+        let mut streams = [(); 3].map(|()| Lending::new(true, Arc::clone(&first)));
+        assert_eq!(streams[0].step(flush(4, 4), now), None);
+        assert_eq!(streams[1].step(flush(3, 3), now), None);
+        assert_eq!(streams[0].step(flush(5, 5), now), Some(Change::FellBack));
+        // What this one has had back is one of the eight, and the third has had nothing back.
+        assert_eq!(streams[1].step(flush(3, 3), now), Some(Change::FellBack));
+        assert_eq!(streams[2].step(flush(0, 0), now), Some(Change::FellBack));
+        assert!(streams.iter().all(|stream| !stream.lends()));
+
+        let first = Arc::<FirstSends>::default();
+        let mut streams = [(); 2].map(|()| Lending::new(true, Arc::clone(&first)));
+        assert_eq!(streams[0].step(flush(4, 4), now), None);
+        assert_eq!(streams[1].step(flush(4, 3), now), None);
+        assert_eq!(streams[0].step(flush(9, 9), now), None);
+        assert!(streams.iter().all(Lending::works), "one was not copied");
+    }
 
     fn flush(sends: u64, copied: u64) -> Flush {
         Flush { sends, copied }
@@ -145,7 +211,7 @@ mod tests {
     #[test]
     fn a_window_that_was_copied_ends_lending_and_one_that_was_not_does_not() {
         let now = Instant::now();
-        let mut lending = Lending::new(true);
+        let mut lending = alone(true);
         assert_eq!(lending.step(flush(7, 7), now), None);
         assert!(!lending.works());
         assert_eq!(lending.step(flush(8, 7), now), None);
@@ -155,7 +221,7 @@ mod tests {
         assert_eq!(lending.step(flush(16, 15), now), Some(Change::FellBack));
         assert!(!lending.lends() && !lending.works());
         assert_eq!(lending.step(flush(16, 15), now), None);
-        let mut never = Lending::new(false);
+        let mut never = alone(false);
         assert_eq!(never.step(flush(0, 0), now + PAUSE_MAX), None);
         assert!(!never.lends());
     }
@@ -163,7 +229,7 @@ mod tests {
     #[test]
     fn it_tries_again_later_and_later_and_comes_back_when_that_works() {
         let mut now = Instant::now();
-        let mut lending = Lending::new(true);
+        let mut lending = alone(true);
         let mut sends = WINDOW_SENDS;
         assert_eq!(
             lending.step(flush(sends, sends), now),

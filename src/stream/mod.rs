@@ -22,7 +22,7 @@ mod window;
 pub use error::StreamError;
 pub use incoming::{Destination, IncomingSetup, IncomingStream};
 pub use inspect::is_zero;
-pub use lending::{Fallback, Tell};
+pub use lending::{Fallback, FirstSends, Tell};
 pub use outgoing::{Job, OutgoingStream, Pass, Report, StreamSetup};
 pub use owed::{InFlight, Owed};
 pub use pace::Pace;

@@ -16,7 +16,7 @@ use crate::wire::{
 
 use super::StreamError;
 use super::inspect::Inspector;
-use super::lending::{Change, Fallback, Lending, Tell};
+use super::lending::{Change, Fallback, FirstSends, Lending, Tell};
 use super::owed::{InFlight, Owed, merged};
 use super::pace::Pace;
 use super::packing::Packing;
@@ -87,6 +87,8 @@ pub struct StreamSetup {
     pub window: u64,
     /// The bandwidth cap.
     pub pace: Arc<Pace>,
+    /// Whether the kernel copies what is lent on their way.
+    pub first_sends: Arc<FirstSends>,
     /// Longest time without progress.
     pub stall_timeout: Duration,
     /// Ends every wait.
@@ -138,8 +140,8 @@ impl OutgoingStream {
             inspector: Inspector::new(setup.integrity),
             window: Window::new(setup.window),
             packing: Packing::new(setup.compression),
+            lending: Lending::new(engine.is_some(), Arc::clone(&setup.first_sends)),
             setup,
-            lending: Lending::new(engine.is_some()),
             engine,
             note,
             tell,

@@ -260,6 +260,7 @@ impl<'a> Attempt<'a> {
             compression: self.shape.compression,
             window: self.shape.window,
             pace: Arc::new(Pace::new(0, Instant::now())),
+            first_sends: Arc::default(),
             stall_timeout: patience.stall_timeout,
             wake,
             epoch,

@@ -90,6 +90,7 @@ impl Transfer {
             compression: self.parameters.compression.algorithms(),
             window: self.parameters.window,
             pace: Arc::new(Pace::new(self.parameters.max_bandwidth, Instant::now())),
+            first_sends: Arc::default(),
             stall_timeout: self.parameters.stall_timeout,
             owed: Arc::clone(self.debt.owed()),
             wake: self.crew.wake(),
