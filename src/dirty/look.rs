@@ -99,9 +99,7 @@ impl Looker {
             }),
             nobody_at_work: Condvar::new(),
         });
-        if !self.helpers.is_empty() {
-            self.call.out(Called::To(Arc::clone(&look)));
-        }
+        self.call.out(Called::To(Arc::clone(&look)));
         look.take_part(&mut self.buffer);
         for _ in 0..LOOKS_AWAKE {
             if look.lock().under_way == 0 {
@@ -114,6 +112,8 @@ impl Looker {
             let waited = look.nobody_at_work.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
         }
+        // Nobody may take a piece any more, also of a look that failed.
+        state.next = self.range.end();
         *found = std::mem::replace(&mut state.found, PageSet::empty(0));
         match state.failed.take() {
             Some(error) => Err(error),
@@ -326,8 +326,13 @@ mod tests {
             len: 8 << 30,
         };
         let mut found = PageSet::empty(9);
-        let looked = Looker::new(other.into(), range).written_and_protect(PAGE_BYTES, &mut found);
+        let mut looker = Looker::new(other.into(), range);
+        let looked = looker.written_and_protect(PAGE_BYTES, &mut found);
         assert_eq!(looked.unwrap_err().raw_os_error(), Some(libc::ENOTTY));
+        let Called::To(look) = &*looker.call.called.lock().unwrap() else {
+            panic!("8 GiB are looked at together");
+        };
+        assert!(!look.has_pieces(), "who comes late finds nothing to do");
         assert_eq!(found.pages(), 9, "it is given back");
     }
 }

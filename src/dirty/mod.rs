@@ -63,9 +63,11 @@ impl Exact {
     fn harvest(&mut self, owed: &mut PageSet) -> Result<u64, TrackerError> {
         match self {
             Self::Pagemap(pagemap, allocated) => {
-                let pages = pagemap.take(owed)?;
-                // What was written is allocated; and so is what arrived torn.
-                allocated.union(owed);
+                // Apart from what is owed already: that may be a hole which was not sent yet.
+                let mut written = PageSet::empty(owed.pages());
+                let pages = pagemap.take(&mut written)?;
+                allocated.union(&written);
+                owed.union(&written);
                 Ok(pages)
             }
             Self::Bitmap(bitmap) => Ok(bitmap.harvest(owed)),
