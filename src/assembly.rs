@@ -431,6 +431,12 @@ impl Assembly {
         self.counts_agree(sent)
     }
 
+    /// Whether nothing has come since [`Self::check`] said yes to the same counts.
+    #[must_use]
+    pub fn is_still(&self, sent: &[StreamTotals]) -> bool {
+        self.counts_agree(sent).is_ok()
+    }
+
     fn counts_agree(&self, sent: &[StreamTotals]) -> Result<(), Violation> {
         let streams = self.streams.len();
         let open = self.iterations() + 1;

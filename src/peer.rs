@@ -12,6 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::either::Either;
@@ -315,6 +316,17 @@ impl<Out: Message, In: Message> Conversation<Out, In> {
         match self.incoming.recv().await {
             Some(message) => message,
             None => Err(PeerError::Lost(io::ErrorKind::NotConnected.into())),
+        }
+    }
+
+    /// What was said, or how it ended, without waiting.
+    pub fn heard(&mut self) -> Option<Result<In, PeerError>> {
+        match self.incoming.try_recv() {
+            Ok(message) => Some(message),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => {
+                Some(Err(PeerError::Lost(io::ErrorKind::NotConnected.into())))
+            }
         }
     }
 

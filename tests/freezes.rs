@@ -97,6 +97,33 @@ fn stand_still(sender: &mut Daemon, fake: &FakeReceiver) {
 }
 
 #[test]
+fn a_receiver_that_dies_between_its_prepared_and_the_commit_is_noticed_before_that() {
+    let mut pair = Pair::new();
+    let path = pair.stage.path("r");
+    fs::write(&path, [7; 8192]).unwrap();
+    let [begun, go, thawed] = ["begun", "go", "thawed"].map(|name| pair.stage.path(name));
+    let shell = |text: String| json!(["sh", "-c", text]);
+    let (begins, goes) = (begun.display(), go.display());
+    // Nothing is owed, so the receiver has prepared when this begins. It ends long after the line is cut.
+    let freeze = format!("touch {begins}; until [ -e {goes} ]; do sleep 0.1; done; sleep 0.5");
+    let commands = json!({
+        "kind": "command",
+        "freeze": shell(freeze),
+        "thaw": shell(format!("touch {}", thawed.display())),
+        "done": shell("true".into()),
+    });
+    let region = json!({"name": "r", "path": path, "freeze": commands});
+    pair.sender.call("region-add", region);
+    pair.begin("r", json!({"recover-timeout": "0", "freeze-timeout": "60s"}));
+    wait_until("the freeze begins", || begun.exists());
+    pair.receiver.kill();
+    fs::write(go, "").unwrap();
+    pair.sender.wait_failed("r", "connection-lost");
+    assert!(thawed.exists(), "the writer goes on");
+    pair.sender.assert_alive();
+}
+
+#[test]
 fn a_writer_in_a_control_group_is_moved() {
     let mut pair = Pair::new();
     let writer = Writer::start(&pair.stage.path("r"), 4 * MIB, "4MiB/s", MIB);

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::assembly::Assembly;
 use crate::config::HugePages;
+use crate::control::ClientId;
 use crate::daemon::let_go_of;
 use crate::journal::Decision;
 use crate::limits::RECOVER_SECONDS_MAX;
@@ -30,6 +31,7 @@ use super::entry::{Arrival, Entry, Resuming, Return};
 use super::error::AttemptError;
 use super::prepared::{Place, PreparedMemory};
 use super::readers::Readers;
+use handover::Ready;
 
 /// Bounds on what a sender may ask for as stall timeout.
 const PATIENCE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3600));
@@ -138,8 +140,8 @@ struct Accepted {
     applied: (u32, Vec<u64>),
     /// From the first time that everything was there.
     hidden: Option<Vec<Hidden>>,
-    /// The clients that wanted to be asked have agreed.
-    confirmed: bool,
+    /// Clients that wanted to be asked and have agreed.
+    confirmed: Vec<ClientId>,
 }
 
 impl Attempt {
@@ -220,7 +222,7 @@ impl Attempt {
             readers,
             applied: (0, Vec::new()),
             hidden: None,
-            confirmed: false,
+            confirmed: Vec::new(),
         });
         Ok(token)
     }
@@ -261,7 +263,9 @@ impl Attempt {
                 (stream, end) = accepted.readers.hear() => {
                     // Its sender never used it, or has sent all that it had: it does without, or notices itself.
                     let lost = matches!(end, Ok(()) | Err(StreamError::Lost { .. }));
-                    let needed = ready.is_none() && !accepted.setup.assembly.is_unused(stream);
+                    let assembly = &accepted.setup.assembly;
+                    let done = ready.as_ref().is_some_and(|ready: &Ready| assembly.is_still(&ready.totals));
+                    let needed = !done && !assembly.is_unused(stream);
                     if !lost || needed {
                         return Err(failure(stream, end, &mut self.talk).await);
                     }

@@ -122,24 +122,33 @@ impl Debt {
     }
 
     /// What an Iteration has to look at to pay the debt, and how many pages it leaves, if it may `leave` those
-    /// that are written in every pass. `first`: no Iteration has carried all yet.
+    /// that are written in every pass. `first`: no Iteration has carried all yet. `leave` is `None` when writers
+    /// stand still: then nothing is learned of their habits either.
     pub(super) async fn plan(
         &mut self,
         iteration: u32,
         first: bool,
-        leave: bool,
+        leave: Option<bool>,
         packet_size: u64,
         streams: u16,
     ) -> Result<(Arc<Plan>, u64), TransferError> {
         let (sources, owed) = (Arc::clone(&self.sources), Arc::clone(&self.owed));
         let mut habits = std::mem::take(&mut self.habits);
         let plan = spawn_blocking(move || {
-            let regions = (0..).zip(&*sources);
-            let all = regions.map(|(index, _)| owed.of(index).clone()).collect();
-            let (sent, left) = habits.worth_sending(all, leave);
+            let regions = || (0..).zip(&*sources);
             let mut runs: Vec<Run> = Vec::new();
-            for (index, ((region, tracker), sent)) in (0..).zip(sources.iter().zip(&sent)) {
-                tracker.plan(index, region, sent, first, &mut runs)?;
+            let mut left = 0;
+            if let Some(leave) = leave {
+                let all = regions().map(|(index, _)| owed.of(index).clone());
+                let sent;
+                (sent, left) = habits.worth_sending(all.collect(), leave);
+                for ((index, (region, tracker)), sent) in regions().zip(&sent) {
+                    tracker.plan(index, region, sent, first, &mut runs)?;
+                }
+            } else {
+                for (index, (region, tracker)) in regions() {
+                    tracker.plan(index, region, &owed.of(index), first, &mut runs)?;
+                }
             }
             let plan = Arc::new(Plan::new(iteration, packet_size, streams, runs));
             Ok::<_, RegionError>((plan, left, habits))

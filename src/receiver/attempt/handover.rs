@@ -21,7 +21,7 @@ use super::{Attempt, REASON_WAIT, accepted, hear, unexpected};
 /// What a commit would take over.
 pub(super) struct Ready {
     /// What each stream carried: a commit is honoured if nothing has come since.
-    totals: Vec<StreamTotals>,
+    pub(super) totals: Vec<StreamTotals>,
     /// Each file, and the final name it gets.
     moves: Vec<(PathBuf, PathBuf)>,
     blob: Option<KeptBlob>,
@@ -74,21 +74,12 @@ impl Attempt {
         })
     }
 
-    /// Clients that prepared memory and want to be asked say yes, or the attempt is over. Each is asked once.
+    /// Clients that prepared memory and want to be asked say yes, and are still there, or the attempt is over.
+    /// Each is asked once.
     async fn confirm(&mut self) -> Result<(), AttemptError> {
-        if accepted(&mut self.accepted).confirmed {
-            return Ok(());
-        }
         let asked = self.receiver.lock().holdings.to_confirm(&self.id);
         let accepted = accepted(&mut self.accepted);
         for (client, regions) in asked {
-            let answer = self.receiver.lock().questions.ask(&self.id, client.id);
-            let event = json!({"id": self.id, "status": "pre-switchover", "regions": regions});
-            // A client that has gone cannot be told; the wait finds that out.
-            let _ = self
-                .receiver
-                .events
-                .publish_to(client.id, "MIGRATION", event);
             let refused = |why: &str| {
                 let name = &regions[0];
                 Err(Refusal::new(
@@ -97,9 +88,22 @@ impl Attempt {
                 )
                 .into())
             };
+            if accepted.confirmed.contains(&client.id) {
+                if client.gone.is_cancelled() {
+                    return refused("and has confirmed the transfer is gone");
+                }
+                continue;
+            }
+            let answer = self.receiver.lock().questions.ask(&self.id, client.id);
+            let event = json!({"id": self.id, "status": "pre-switchover", "regions": regions});
+            // A client that has gone cannot be told; the wait finds that out.
+            let _ = self
+                .receiver
+                .events
+                .publish_to(client.id, "MIGRATION", event);
             tokio::select! {
                 biased;
-                Ok(()) = answer => {}
+                Ok(()) = answer => accepted.confirmed.push(client.id),
                 () = client.gone.cancelled() => return refused("and wants to confirm the transfer is gone"),
                 message = hear(&mut self.talk, &mut accepted.back, &accepted.entry) => {
                     return Err(message.map_or_else(|error| error, |message| unexpected(Ok(message))));
@@ -110,7 +114,6 @@ impl Attempt {
                 }
             }
         }
-        accepted.confirmed = true;
         Ok(())
     }
 

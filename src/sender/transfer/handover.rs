@@ -84,7 +84,7 @@ impl Transfer {
                 .plan(
                     self.iteration,
                     false,
-                    false,
+                    None,
                     self.parameters.packet_size,
                     self.crew.len(),
                 )
@@ -173,7 +173,11 @@ impl Transfer {
             pages => return Err(TransferError::NotFrozen { pages }),
         }
         answer?;
-        // The last look before the point of no return.
+        // The last look before the point of no return: at the receiver, which may have said *prepared* long ago and be
+        // gone since, and at the writers.
+        if let Some(said) = under_way(&mut self.talk)?.heard() {
+            return Err(unexpected(said?));
+        }
         self.standstill.check()?;
         self.downtime.prepare = started.elapsed();
         Ok(())

@@ -113,11 +113,9 @@ impl Transfer {
         }
         // Where every pass is half as long as the one before, even what is written often may stand still in the
         // next one. What is found or skipped by comparing is not known to be written at all.
-        let leave = writer == Writer::Runs
-            && self.passes > 1
-            && !shrinking
-            && !self.parameters.skip_unchanged
-            && !self.scans();
+        let leave =
+            self.passes > 1 && !shrinking && !self.parameters.skip_unchanged && !self.scans();
+        let leave = (writer == Writer::Runs).then_some(leave);
         self.iteration += 1;
         self.asked_last = false;
         let started = Instant::now();
