@@ -114,7 +114,10 @@ fn a_receiver_that_dies_between_its_prepared_and_the_commit_is_noticed_before_th
     });
     let region = json!({"name": "r", "path": path, "freeze": commands});
     pair.sender.call("region-add", region);
-    pair.begin("r", json!({"recover-timeout": "0", "freeze-timeout": "60s"}));
+    pair.begin(
+        "r",
+        json!({"recover-timeout": "0", "freeze-timeout": "60s"}),
+    );
     wait_until("the freeze begins", || begun.exists());
     pair.receiver.kill();
     fs::write(go, "").unwrap();
