@@ -224,13 +224,13 @@ impl SocketChannel {
         what: &str,
     ) -> io::Result<()> {
         let timeout = self.patience.stall_timeout;
-        let queued = self.queued_bytes();
         let called_again = stall.is_some();
-        let stall = stall.get_or_insert_with(|| Stall::begin(timeout, queued));
+        // Most waits are short, and the queue is only looked at in long ones.
+        let stall = stall.get_or_insert_with(|| Stall::begin(timeout, None));
         if called_again {
             // The socket said it was ready and was not: the kernel is short of memory for it.
             self.pause()?;
-            stall.check(queued, what)?;
+            stall.check(self.queued_bytes(), what)?;
         }
         loop {
             let look = stall.next_look();
