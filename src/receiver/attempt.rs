@@ -1,6 +1,7 @@
 //! One attempt as the receiver lives it: agree, receive, prepare, commit.
 
 mod handover;
+mod heard;
 
 use std::io;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use crate::daemon::let_go_of;
 use crate::journal::Decision;
 use crate::limits::RECOVER_SECONDS_MAX;
 use crate::name::Name;
-use crate::peer::{Connection, Conversation, PeerError};
+use crate::peer::{Connection, Conversation};
 use crate::stats::Counter;
 use crate::stream::{IncomingSetup, StreamError};
 use crate::wire::{FromReceiver, FromSender, Hex128, Offer, OfferedRegion, Token};
@@ -32,6 +33,7 @@ use super::error::AttemptError;
 use super::prepared::{Place, PreparedMemory};
 use super::readers::Readers;
 use handover::Ready;
+use heard::{aborted, failure, hear, unexpected};
 
 /// Bounds on what a sender may ask for as stall timeout.
 const PATIENCE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(3600));
@@ -453,50 +455,5 @@ impl Accepted {
             let assembly = &self.setup.assembly;
             self.applied = (assembly.epoch(), assembly.frames_applied());
         }
-    }
-}
-
-/// The next message; unless the sender has come back on another connection, or nobody will.
-async fn hear(
-    talk: &mut Talk,
-    back: &mut Return,
-    entry: &Entry,
-) -> Result<FromSender, AttemptError> {
-    tokio::select! {
-        message = talk.hear() => Ok(message?),
-        () = back.came() => Err(AttemptError::Superseded),
-        () = entry.given_up() => Err(AttemptError::GivenUp),
-    }
-}
-
-/// What a message means that is not the one that was due.
-fn unexpected(message: Result<FromSender, PeerError>) -> AttemptError {
-    match message {
-        Ok(FromSender::Abort { code, desc }) => aborted(&code, &desc),
-        Ok(other) => AttemptError::out_of_place(&other),
-        Err(error) => error.into(),
-    }
-}
-
-/// Why a stream ended. If its connection did, the sender may just be telling us; an error of our own is
-/// news to the sender, who waits for it.
-async fn failure(stream: u16, end: Result<(), StreamError>, talk: &mut Talk) -> AttemptError {
-    match end {
-        Ok(()) | Err(StreamError::Lost { .. }) => {}
-        Err(error) => return error.into(),
-    }
-    match timeout(REASON_WAIT, talk.hear()).await {
-        Ok(Ok(FromSender::Abort { code, desc })) => aborted(&code, &desc),
-        _ => match end {
-            Ok(()) => AttemptError::StreamEnded(stream),
-            Err(error) => error.into(),
-        },
-    }
-}
-
-fn aborted(code: &impl ToString, desc: &impl ToString) -> AttemptError {
-    AttemptError::Aborted {
-        code: code.to_string(),
-        desc: desc.to_string(),
     }
 }

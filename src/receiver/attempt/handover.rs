@@ -16,7 +16,8 @@ use super::super::destination::{self, Hidden};
 use super::super::error::AttemptError;
 use super::super::memory;
 use super::super::prepared::Place;
-use super::{Attempt, REASON_WAIT, accepted, hear, unexpected};
+use super::heard::{hear, unexpected};
+use super::{Attempt, REASON_WAIT, accepted};
 
 /// What a commit would take over.
 pub(super) struct Ready {
