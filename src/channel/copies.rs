@@ -48,7 +48,8 @@ pub(super) fn trouble(socket: BorrowedFd<'_>, refused: bool, all_copied: bool) -
 
 /// Bytes that a sender within this host queues before it waits; the kernel doubles the number. What was just
 /// written is still in the caches then when it is read: with the megabytes that the kernel would let it queue, a
-/// loop over loopback takes up to a half longer, on both sides.
+/// loop over loopback takes up to a half longer, on both sides. No shorter either: with 32 KiB only one segment of
+/// loopback's 64 KiB fits, and each waits for a delayed acknowledgement (40 ms).
 const QUEUE_WITHIN_HOST_BYTES: usize = 128 << 10;
 
 /// Keeps the queue of a connection short that does not leave this host. Others need what is on the line.
