@@ -406,7 +406,8 @@ impl Cell {
             },
             // What was held is passed on: `prepared` and `committed` outlive who said them.
             Fault::Kill(Process::Receiver) => match self.phase {
-                Phase::Prepared => &[ResolvedSource],
+                // Whether the sender hears of the end before it records the commit is chance.
+                Phase::Prepared => &[Failed, Identical, ResolvedSource],
                 Phase::Committed => &[Identical],
                 _ => self.lost(&[ResolvedSource]),
             },
