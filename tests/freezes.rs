@@ -14,6 +14,8 @@ use std::time::Instant;
 use common::fake::{FakeReceiver, Heard, Manners};
 use common::memory::{MIB, assert_same};
 use common::{DEADLINE, Daemon, Pair, Stage, Writer};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use serde_json::{Value, json};
 
 /// A control group with a writer in it; `None` where this machine lets us make none.
@@ -96,16 +98,25 @@ fn stand_still(sender: &mut Daemon, fake: &FakeReceiver) {
     fake.wait(|heard| matches!(heard, Heard::Mark { iteration: 2, .. }));
 }
 
+/// How many sockets a process has.
+fn sockets(pid: i32) -> usize {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let links = open.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    links
+        .filter(|link| link.to_string_lossy().starts_with("socket:"))
+        .count()
+}
+
 #[test]
 fn a_receiver_that_dies_between_its_prepared_and_the_commit_is_noticed_before_that() {
     let mut pair = Pair::new();
     let path = pair.stage.path("r");
     fs::write(&path, [7; 8192]).unwrap();
     let [begun, go, thawed] = ["begun", "go", "thawed"].map(|name| pair.stage.path(name));
+    mkfifo(&go, Mode::S_IRWXU).unwrap();
     let shell = |text: String| json!(["sh", "-c", text]);
-    let (begins, goes) = (begun.display(), go.display());
-    // Nothing is owed, so the receiver has prepared when this begins. It ends long after the line is cut.
-    let freeze = format!("touch {begins}; until [ -e {goes} ]; do sleep 0.1; done; sleep 0.5");
+    // Nothing is owed, so the receiver has prepared when this begins.
+    let freeze = format!("touch {}; cat {}", begun.display(), go.display());
     let commands = json!({
         "kind": "command",
         "freeze": shell(freeze),
@@ -116,10 +127,14 @@ fn a_receiver_that_dies_between_its_prepared_and_the_commit_is_noticed_before_th
     pair.sender.call("region-add", region);
     pair.begin(
         "r",
-        json!({"recover-timeout": "0", "freeze-timeout": "60s"}),
+        json!({"recover-timeout": "0", "freeze-timeout": "60s", "stall-timeout": "2s"}),
     );
     wait_until("the freeze begins", || begun.exists());
+    let sender = pair.sender.pid();
+    let before = sockets(sender);
     pair.receiver.kill();
+    // It hangs up once it has heard of it.
+    wait_until("the sender knows", || sockets(sender) < before);
     fs::write(go, "").unwrap();
     pair.sender.wait_failed("r", "connection-lost");
     assert!(thawed.exists(), "the writer goes on");
