@@ -214,7 +214,7 @@ fn poison(path: &Path, page: u64) -> bool {
 }
 
 #[test]
-#[ignore = "costs the machine a page of its memory until it boots"]
+#[ignore = "costs the machine a page of its memory until it boots: not in CI, only by hand"]
 fn a_source_page_that_goes_bad_during_the_transfer_is_named() {
     let mut pair = Pair::new();
     let source = pair.stage.path("r");

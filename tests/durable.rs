@@ -46,7 +46,7 @@ fn freezer(pid: i32) -> Freezer {
 
 /// What a sender writes down from before the freeze to behind the commit record, in its order.
 #[test]
-#[ignore = "a part of the test below, which runs it again and again"]
+#[ignore = "a part of the test below, which runs it again and again, in CI too"]
 fn hand_over() {
     let directory = PathBuf::from(std::env::var_os(DIRECTORY).unwrap());
     let freezers = [freezer(std::env::var(WRITER).unwrap().parse().unwrap())];

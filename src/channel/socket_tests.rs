@@ -332,7 +332,7 @@ fn a_source_truncated_under_a_loan_is_an_error() {
 const HELPER: &str = "channel::socket_tests::sends_under_a_small_memlock_limit";
 
 #[test]
-#[ignore = "a part of another test, run by it as a user who may pin little"]
+#[ignore = "a part of the test below, which runs it as a user who may pin little, in CI too"]
 fn sends_under_a_small_memlock_limit() {
     let bytes = pattern(MUCH);
     let memory = Memory::of(&bytes);

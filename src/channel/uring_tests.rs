@@ -388,7 +388,7 @@ fn what_cannot_be_registered_is_sent_unregistered_and_said() {
 const HELPER: &str = "channel::uring_tests::sends_under_a_small_memlock_limit";
 
 #[test]
-#[ignore = "a part of another test, run by it as a user who may pin little"]
+#[ignore = "a part of the test below, which runs it as a user who may pin little, in CI too"]
 fn sends_under_a_small_memlock_limit() {
     let bytes = pattern(MUCH);
     let memory = Memory::of(&bytes);

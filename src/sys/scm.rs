@@ -3,7 +3,7 @@
 //! nix's `recvmsg` is not enough here: once a message was truncated it hands out none of its control
 //! messages, so descriptors the kernel did install would stay open for ever, and it returns plain
 //! numbers instead of owned descriptors.
-#![allow(unsafe_code)]
+#![allow(unsafe_code)] // Control messages as the kernel lays them out; each block argued below.
 
 use std::io::{self, IoSlice};
 use std::mem;

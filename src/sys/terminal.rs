@@ -1,5 +1,5 @@
 //! The width of a terminal: nix has no safe form of `TIOCGWINSZ`.
-#![allow(unsafe_code)]
+#![allow(unsafe_code)] // An ioctl that nix has no safe form of.
 
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd};

@@ -58,7 +58,7 @@ fn a_transfer_over_a_line_cut_every_300_ms_sends_at_most_half_of_it_twice() {
 
 /// `MEMFERRY_RELAY_MIB=4096 cargo test --release --test resume -- --ignored --nocapture every_300_ms`
 #[test]
-#[ignore = "takes minutes and much memory in full size; MEMFERRY_RELAY_MIB makes it smaller"]
+#[ignore = "takes minutes and much memory in full size: CI runs the short one above; MEMFERRY_RELAY_MIB makes it smaller"]
 fn a_large_transfer_over_a_line_cut_every_300_ms_sends_at_most_half_of_it_twice() {
     let size = std::env::var("MEMFERRY_RELAY_MIB").map_or(4096, |text| text.parse().unwrap()) * MIB;
     over_a_line_cut_every_300_ms(size, json!({"streams": 2}));
