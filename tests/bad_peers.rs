@@ -7,21 +7,26 @@
 
 mod common;
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::time::Instant;
 
 use common::fake::{
     FakeReceiver, FakeSender, Manners, call, connect, hear_receiver, mark, offer, read_preamble,
     say,
 };
 use common::memory::{MIB, PAGE, assert_same};
-use common::{Daemon, Pair, Stage, Writer, ended, listing};
+use common::{DEADLINE, Daemon, Pair, Stage, Writer, ended, listing};
+use memferry::client::Connection;
 use memferry::pages::PageRange;
 use memferry::wire::{
     ACK_BYTES, DataHeader, Extent, ExtentKind, FrameHeader, FromReceiver, FromSender, HEADER_BYTES,
     Header, Hex128, OfferedRegion, Owner, PREAMBLE_BYTES, Preamble, Purpose, Status, StreamTotals,
     Table, crc32c,
 };
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -357,6 +362,50 @@ fn a_sender_that_has_more_after_the_prepared_asks_again_and_commits_to_that() {
     assert_eq!(answer, Some(FromReceiver::Committed {}));
     drop((sender, stream));
     receiver.wait_arrival("more", "completed");
+}
+
+#[test]
+fn a_client_that_confirmed_is_asked_once_and_missed_when_it_has_left() {
+    let mut alone = Alone::new();
+    let mut client = Connection::connect(alone.receiver.socket()).unwrap();
+    let ram = File::from(memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap());
+    ram.set_len(PAGE).unwrap();
+    client.send_fd("ram", ram.as_fd()).unwrap();
+    let region = json!({"name": "confirmed", "fdname": "ram", "confirm": true});
+    client.execute("region-add", region).unwrap();
+    let mut sender = FakeSender::offer(&alone.uri, offer("confirmed", PAGE, 1));
+    let mut stream = sender.stream(0);
+    let confirms = std::thread::spawn(move || {
+        while client.next_event(DEADLINE).unwrap().unwrap().data["status"] != "pre-switchover" {}
+        let answer = json!({"id": "confirmed", "state": "pre-switchover"});
+        client.execute("migrate-continue", answer).unwrap();
+        client
+    });
+    carry_through(&mut sender, &mut stream);
+    let client = confirms.join().unwrap();
+    let streams = vec![StreamTotals {
+        packets: 2,
+        bytes: 0,
+    }];
+    let mut again = || {
+        say(&mut sender.conversation, &prepare(streams.clone()));
+        hear_receiver(&mut sender.conversation).unwrap()
+    };
+    assert_eq!(again(), FromReceiver::Prepared {}, "it is not asked again");
+    drop(client);
+    let deadline = Instant::now() + DEADLINE;
+    let refused = loop {
+        match again() {
+            FromReceiver::Prepared {} => assert!(Instant::now() < deadline, "it is not missed"),
+            other => break other,
+        }
+    };
+    let FromReceiver::Refuse { code, desc } = refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(code.as_str(), "refused");
+    assert!(desc.as_str().contains("is gone"), "{desc}");
+    alone.receiver.wait_arrival("confirmed", "failed");
 }
 
 /// A packet with one page that is a hole, changed by `spoil` before its checksums are made.
