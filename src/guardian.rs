@@ -238,7 +238,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::freeze::{Freezer, Frozen, Process};
+    use crate::freeze::{Freezer, Process, Writers};
     use crate::name::Name;
 
     struct Sleeper(Child);
@@ -254,15 +254,14 @@ mod tests {
 
         /// Stops it, and says what a note says about it.
         fn stop(&self) -> Vec<Stopped> {
-            let record = Frozen::record_of(&[self.freezer()]).unwrap();
-            Frozen::freeze(&[self.freezer()], Duration::from_secs(20))
-                .unwrap()
-                .keep();
+            let writers = Writers::of(&[self.freezer()]).unwrap();
+            let record = writers.record();
+            writers.freeze(Duration::from_secs(20)).unwrap().keep();
             record
         }
 
         fn runs(&self) -> bool {
-            !Frozen::record_of(&[self.freezer()]).unwrap().is_empty()
+            !Writers::of(&[self.freezer()]).unwrap().record().is_empty()
         }
 
         fn comes_to_run(&self) -> bool {

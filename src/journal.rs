@@ -176,16 +176,15 @@ impl Journal {
         nonce: Hex128,
         record: T,
     ) -> io::Result<T> {
+        self.propose(record)?.decide(self, nonce)
+    }
+
+    /// Writes a record that is nothing yet, so that to decide takes no more than to name it.
+    pub fn propose<T: Serialize>(&self, record: T) -> io::Result<Proposal<T>> {
         // A draft has a name of its own, so that no draft is ever the record itself under another name.
         let mut draft = self.draft()?;
         draft.write_all(&serde_json::to_vec(&record)?)?;
-        match draft.persist_noclobber(self.path(nonce)) {
-            Ok(_) => Ok(record),
-            Err(failed) if failed.error.kind() == io::ErrorKind::AlreadyExists => self
-                .find(nonce)?
-                .ok_or_else(|| io::ErrorKind::NotFound.into()),
-            Err(failed) => Err(failed.error),
-        }
+        Ok(Proposal { draft, record })
     }
 
     /// The record of a nonce, if there is one.
@@ -221,6 +220,32 @@ impl Journal {
     /// Forgets a nonce: its question is answered for good.
     pub fn remove(&self, nonce: Hex128) -> io::Result<()> {
         fs::remove_file(self.path(nonce))
+    }
+}
+
+/// A record that was written and decides nothing.
+#[derive(Debug)]
+pub struct Proposal<T> {
+    draft: NamedTempFile,
+    record: T,
+}
+
+impl<T: DeserializeOwned> Proposal<T> {
+    /// What it would record.
+    pub fn record(&self) -> &T {
+        &self.record
+    }
+
+    /// Makes it the record of `nonce` in the `journal` it was written for, unless there is one already: then that
+    /// one is returned instead.
+    pub fn decide(self, journal: &Journal, nonce: Hex128) -> io::Result<T> {
+        match self.draft.persist_noclobber(journal.path(nonce)) {
+            Ok(_) => Ok(self.record),
+            Err(failed) if failed.error.kind() == io::ErrorKind::AlreadyExists => journal
+                .find(nonce)?
+                .ok_or_else(|| io::ErrorKind::NotFound.into()),
+            Err(failed) => Err(failed.error),
+        }
     }
 }
 

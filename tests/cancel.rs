@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use common::fake::{FakeReceiver, Heard, Manners};
 use common::memory::{MIB, assert_same, dense};
 use common::{Daemon, Pair, Stage, Writer, ended, listing};
-use memferry::freeze::{Freezer, Frozen, Process};
+use memferry::freeze::{Freezer, Process, Writers};
 use memferry::journal::{CommitSent, Decision, Journal, boot_id};
 use memferry::name::Name;
 use memferry::wire::{BootId, FromSender, Hex128, Owner};
@@ -414,7 +414,8 @@ impl Remains {
         let stage = Stage::new();
         let writer = Writer::start(&stage.path("r"), MIB, "1MiB/s", MIB);
         let process = std::sync::Arc::new(Process::open(writer.pid()).unwrap());
-        let frozen = Frozen::freeze(&[Freezer::Pid(process)], common::DEADLINE).unwrap();
+        let writers = Writers::of(&[Freezer::Pid(process)]).unwrap();
+        let frozen = writers.freeze(common::DEADLINE).unwrap();
         let nonce = Hex128::random().unwrap();
         let record = CommitSent {
             nonce,

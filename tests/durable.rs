@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use common::{DEADLINE, Stage, Writer, skip};
-use memferry::freeze::{Freezer, Frozen, Process};
+use memferry::freeze::{Freezer, Process, Writers};
 use memferry::guardian::{self, Asked, Guardian};
 use memferry::journal::{CommitSent, Journal, boot_id};
 use memferry::wire::Hex128;
@@ -53,13 +53,13 @@ fn hand_over() {
     let journal = Journal::open(&directory).unwrap();
     // The child it starts is this program again, which has no test of that name, and ends.
     let mut guardian = Guardian::start(&directory).unwrap();
-    let stopped = Frozen::record_of(&freezers).unwrap();
+    let writers = Writers::of(&freezers).unwrap();
+    let stopped = writers.record();
     let asked = Asked {
         id: "r".parse().unwrap(),
         regions: vec!["r".parse().unwrap()],
     };
     guardian.note(NONCE, stopped.clone(), asked).unwrap();
-    let frozen = Frozen::freeze(&freezers, DEADLINE).unwrap();
     let record = CommitSent {
         nonce: NONCE,
         id: "r".parse().unwrap(),
@@ -69,7 +69,9 @@ fn hand_over() {
         regions: Vec::new(),
         stopped,
     };
-    journal.decide(NONCE, record).unwrap();
+    let proposal = journal.propose(record).unwrap();
+    let frozen = writers.freeze(DEADLINE).unwrap();
+    proposal.decide(&journal, NONCE).unwrap();
     frozen.keep();
     guardian.forget(NONCE);
 }

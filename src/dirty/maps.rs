@@ -1,12 +1,14 @@
-//! What a process has mapped where, from `/proc/<pid>/maps`.
+//! What a process has mapped where, from `/proc/<pid>/maps`: asked where the kernel answers, else read.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Seek};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use nix::sys::stat::{fstat, major, minor};
+
+use crate::sys::procmap::{Mapped, mapped_at};
 
 /// A file, as the kernel tells them apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +25,14 @@ impl FileId {
             device: (major(stat.st_dev), minor(stat.st_dev)),
             inode: stat.st_ino,
         })
+    }
+
+    /// Whether a mapping has the file's byte `offset` at `address`, and what is written there is the file's.
+    fn is_at(self, offset: u64, address: u64, mapped: &Mapped) -> bool {
+        let found = mapped.offset + (address - mapped.start);
+        mapped.shared
+            && (mapped.device, mapped.inode) == (self.device, self.inode)
+            && found == offset
     }
 }
 
@@ -48,6 +58,19 @@ pub(super) fn read(list: &File) -> Option<impl BufRead + '_> {
     shown.then_some(maps)
 }
 
+/// Whether `start..end` is a shared mapping of `file`, counted so that the file's first byte is at `start`. Who
+/// wants to know what is there instead, or has a kernel that cannot be asked, has to [`read`].
+pub(super) fn is_all(list: &File, start: u64, end: u64, file: FileId) -> bool {
+    let mut reached = start;
+    while reached < end {
+        match mapped_at(list.as_fd(), reached) {
+            Ok(mapped) if file.is_at(reached - start, reached, &mapped) => reached = mapped.end,
+            _ => return false,
+        }
+    }
+    true
+}
+
 /// The first address in `start..end` that is not a shared mapping of `file`, counted so that the file's
 /// first byte is at `start`; with the line that says what is there instead, empty if nothing is.
 pub(super) fn first_other(
@@ -59,7 +82,7 @@ pub(super) fn first_other(
     let mut reached = start;
     for line in maps.split(b'\n') {
         let line = String::from_utf8_lossy(&line?).into_owned();
-        let Some(mapped) = Mapped::parse(&line) else {
+        let Some(mapped) = parse(&line) else {
             return Err(io::Error::other(format!(
                 "{line:?} is no line of a maps file"
             )));
@@ -73,8 +96,7 @@ pub(super) fn first_other(
         if mapped.start > reached {
             return Ok(Some((reached, String::new())));
         }
-        let offset = mapped.offset + (reached - mapped.start);
-        if !mapped.shared || mapped.file != file || offset != reached - start {
+        if !file.is_at(reached - start, reached, &mapped) {
             return Ok(Some((reached, line)));
         }
         reached = mapped.end;
@@ -83,33 +105,21 @@ pub(super) fn first_other(
 }
 
 /// One line: `7f58929e9000-7f58929eb000 rw-s 00000000 00:01 952813   /memfd:x (deleted)`.
-struct Mapped {
-    start: u64,
-    end: u64,
-    shared: bool,
-    offset: u64,
-    file: FileId,
-}
-
-impl Mapped {
-    fn parse(line: &str) -> Option<Self> {
-        let hex = |text| u64::from_str_radix(text, 16).ok();
-        let mut words = line.split_ascii_whitespace();
-        let (start, end) = words.next()?.split_once('-')?;
-        let permissions = words.next()?;
-        let offset = hex(words.next()?)?;
-        let (major, minor) = words.next()?.split_once(':')?;
-        Some(Self {
-            start: hex(start)?,
-            end: hex(end)?,
-            shared: permissions.ends_with('s'),
-            offset,
-            file: FileId {
-                device: (hex(major)?, hex(minor)?),
-                inode: words.next()?.parse().ok()?,
-            },
-        })
-    }
+fn parse(line: &str) -> Option<Mapped> {
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    let mut words = line.split_ascii_whitespace();
+    let (start, end) = words.next()?.split_once('-')?;
+    let permissions = words.next()?;
+    let offset = hex(words.next()?)?;
+    let (major, minor) = words.next()?.split_once(':')?;
+    Some(Mapped {
+        start: hex(start)?,
+        end: hex(end)?,
+        shared: permissions.ends_with('s'),
+        offset,
+        device: (hex(major)?, hex(minor)?),
+        inode: words.next()?.parse().ok()?,
+    })
 }
 
 #[cfg(test)]

@@ -108,11 +108,17 @@ impl PagemapTracker {
             .map_err(io::Error::from)
             .map_err(failed("look at the region's file system"))?;
         let comparable = [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&fs.filesystem_type());
-        let (true, Some(maps)) = (comparable, self.maps.as_ref().and_then(maps::read)) else {
+        let (true, Some(list)) = (comparable, &self.maps) else {
             return Ok(Memory::NotVisible);
         };
         let id = maps::FileId::of(file).map_err(failed("look at the region's memory"))?;
         let (start, end) = (self.looker.range().start, self.looker.range().end());
+        if maps::is_all(list, start, end, id) {
+            return Ok(Memory::Confirmed);
+        }
+        let Some(maps) = maps::read(list) else {
+            return Ok(Memory::NotVisible);
+        };
         let other = maps::first_other(maps, start, end, id);
         match other.map_err(failed("read the writer's mappings"))? {
             None => Ok(Memory::Confirmed),

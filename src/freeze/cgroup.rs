@@ -77,26 +77,24 @@ impl Cgroup {
         self.inode
     }
 
-    /// Whether something in it may be running now.
-    pub(super) fn runs(&self) -> Result<bool, FreezeError> {
+    /// Whether it is for us to freeze: one that somebody else has frozen, or is freezing, is not ours to thaw.
+    pub(super) fn is_ours(&self) -> Result<bool, FreezeError> {
         self.check_without_us()?;
-        Ok(!self.events()?.frozen)
+        Ok(!self.is_asked_to_freeze()? && !self.events()?.frozen)
     }
 
-    /// Freezes it; says whether it ran before. One that somebody else has frozen is not ours to thaw.
-    pub(super) fn stop(&self, timeout: Duration) -> Result<bool, FreezeError> {
-        let ours = !self.is_asked_to_freeze()? && !self.events()?.frozen;
-        if ours {
-            self.write("1")?;
-        }
+    /// Freezes it.
+    pub(super) fn stop(&self, timeout: Duration) -> Result<(), FreezeError> {
+        self.write("1")?;
         let stopped = self.wait_until_frozen(timeout);
-        if stopped.is_err() && ours {
+        if stopped.is_err() {
             let _ = self.write("0");
         }
-        stopped.map(|()| ours)
+        stopped
     }
 
-    fn wait_until_frozen(&self, timeout: Duration) -> Result<(), FreezeError> {
+    /// Waits until all in it stand still.
+    pub(super) fn wait_until_frozen(&self, timeout: Duration) -> Result<(), FreezeError> {
         let deadline = Instant::now() + timeout;
         loop {
             // Reading is what takes note of a change; `poll` then waits for the next one.

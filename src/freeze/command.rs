@@ -30,7 +30,7 @@ pub struct Commands {
 }
 
 impl Commands {
-    pub(super) fn stop(&self, timeout: Duration) -> Result<bool, FreezeError> {
+    pub(super) fn stop(&self, timeout: Duration) -> Result<(), FreezeError> {
         let stopped = run(&self.freeze, timeout, Life::Ours);
         if stopped.is_err() {
             // How far it came is not known.
@@ -38,7 +38,7 @@ impl Commands {
                 tracing::error!(%error, "the writer could not be started again");
             }
         }
-        stopped.map(|()| true)
+        stopped
     }
 
     pub(super) fn thaw(&self) -> Result<(), FreezeError> {
@@ -198,7 +198,7 @@ mod tests {
     fn what_is_done_in_the_end_is_run_where_there_is_something() {
         let directory = tempfile::tempdir().unwrap();
         let commands = commands(directory.path(), "true");
-        assert!(commands.stop(Duration::from_secs(60)).unwrap());
+        commands.stop(Duration::from_secs(60)).unwrap();
         assert!(!directory.path().join("thawed").exists());
         done(&commands.thaw).unwrap();
         assert!(directory.path().join("thawed").exists());

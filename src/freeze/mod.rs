@@ -189,13 +189,32 @@ pub enum Freezer {
 }
 
 impl Freezer {
-    /// Stops it; says whether it is ours to let go on. Blocks for up to `timeout`.
-    fn stop(&self, timeout: Duration) -> Result<bool, FreezeError> {
+    /// Whether it is for us to stop, and then to let go on: not if it stands still already.
+    fn is_ours(&self) -> Result<bool, FreezeError> {
         match self {
             Self::None => Ok(false),
+            Self::Pid(process) => Ok(process.running_thread()?.is_some()),
+            Self::Cgroup(cgroup) => cgroup.is_ours(),
+            Self::Command(_) => Ok(true),
+        }
+    }
+
+    /// Stops it. Blocks for up to `timeout`.
+    fn stop(&self, timeout: Duration) -> Result<(), FreezeError> {
+        match self {
+            Self::None => Ok(()),
             Self::Pid(process) => process.stop(timeout),
             Self::Cgroup(cgroup) => cgroup.stop(timeout),
             Self::Command(commands) => commands.stop(timeout),
+        }
+    }
+
+    /// Waits until it stands still, which is not our doing.
+    fn stands(&self, timeout: Duration) -> Result<(), FreezeError> {
+        match self {
+            Self::None | Self::Command(_) => Ok(()),
+            Self::Pid(process) => process.check(),
+            Self::Cgroup(cgroup) => cgroup.wait_until_frozen(timeout),
         }
     }
 
@@ -215,17 +234,6 @@ impl Freezer {
             Self::Pid(process) => process.check(),
             Self::Cgroup(cgroup) => cgroup.check(),
         }
-    }
-
-    /// What has to be remembered of it if it is stopped now; `None` if it stands still already.
-    fn record_if_running(&self) -> Result<Option<Stopped>, FreezeError> {
-        let runs = match self {
-            Self::None => false,
-            Self::Pid(process) => process.running_thread()?.is_some(),
-            Self::Cgroup(cgroup) => cgroup.runs()?,
-            Self::Command(_) => true,
-        };
-        Ok(if runs { self.record() } else { None })
     }
 
     fn record(&self) -> Option<Stopped> {
@@ -320,62 +328,74 @@ impl Stopped {
     }
 }
 
-/// Writers that stand still because of us. Dropping it lets them go on.
+/// The writers of Regions as they were found: each once, and whether it is ours to stop.
 #[derive(Debug, Default)]
-pub struct Frozen {
-    /// Each writer once, and whether it was us who stopped it.
-    writers: Vec<(Freezer, bool)>,
-}
+pub struct Writers(Vec<(Freezer, bool)>);
 
-impl Frozen {
-    /// Stops the writers of all Regions and waits until they are seen to stand still. On an error
-    /// those that were stopped go on. Blocks for up to `timeout` for each writer.
-    pub fn freeze(freezers: &[Freezer], timeout: Duration) -> Result<Self, FreezeError> {
-        let mut frozen = Self::default();
+impl Writers {
+    /// Looks at all of them.
+    pub fn of(freezers: &[Freezer]) -> Result<Self, FreezeError> {
+        let mut writers: Vec<(Freezer, bool)> = Vec::new();
         for freezer in freezers {
-            if frozen.writers.iter().any(|(other, _)| other.is(freezer)) {
-                continue;
+            if !writers.iter().any(|(other, _)| other.is(freezer)) {
+                writers.push((freezer.clone(), freezer.is_ours()?));
             }
-            // One that stood still before us is not ours to start again.
-            let ours = freezer.stop(timeout)?;
-            frozen.writers.push((freezer.clone(), ours));
+        }
+        Ok(Self(writers))
+    }
+
+    /// What the journal has to remember of those that are ours, so that a restarted sender can thaw.
+    #[must_use]
+    pub fn record(&self) -> Vec<Stopped> {
+        self.ours().filter_map(Freezer::record).collect()
+    }
+
+    fn ours(&self) -> impl Iterator<Item = &Freezer> {
+        let ours = self.0.iter().filter(|(_, ours)| *ours);
+        ours.map(|(writer, _)| writer)
+    }
+
+    /// Stops those that are ours, and waits until all are seen to stand still. On an error those that were stopped
+    /// go on. Blocks for up to `timeout` for each writer.
+    pub fn freeze(self, timeout: Duration) -> Result<Frozen, FreezeError> {
+        let mut frozen = Frozen::default();
+        for (writer, ours) in self.0 {
+            match ours {
+                true => writer.stop(timeout)?,
+                false => writer.stands(timeout)?,
+            }
+            frozen.0.0.push((writer, ours));
         }
         Ok(frozen)
     }
+}
 
-    /// What the journal would have to remember if these were stopped now: the writers that run.
-    pub fn record_of(freezers: &[Freezer]) -> Result<Vec<Stopped>, FreezeError> {
-        let records = freezers.iter().map(Freezer::record_if_running);
-        let mut running: Vec<Stopped> = Vec::new();
-        for record in records {
-            running.extend(record?.filter(|record| !running.contains(record)));
-        }
-        Ok(running)
-    }
+/// Writers that stand still. Dropping it lets those go on that we have stopped.
+#[derive(Debug, Default)]
+pub struct Frozen(Writers);
 
+impl Frozen {
     /// That everything that was frozen still is.
     pub fn check(&self) -> Result<(), FreezeError> {
-        self.writers
-            .iter()
-            .try_for_each(|(writer, _)| writer.check())
+        let mut writers = self.0.0.iter();
+        writers.try_for_each(|(writer, _)| writer.check())
     }
 
     /// What the journal has to remember, so that a restarted sender can thaw.
     #[must_use]
     pub fn record(&self) -> Vec<Stopped> {
-        let ours = self.writers.iter().filter(|(_, ours)| *ours);
-        ours.filter_map(|(writer, _)| writer.record()).collect()
+        self.0.record()
     }
 
     /// Leaves the writers stopped for good: the memory has another owner now.
     pub fn keep(mut self) {
-        self.writers.clear();
+        self.0.0.clear();
     }
 }
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        for (writer, _) in self.writers.iter().filter(|(_, ours)| *ours) {
+        for writer in self.0.ours() {
             if let Err(error) = writer.thaw() {
                 tracing::error!(?writer, %error, "the writer could not be started again");
             }
@@ -392,6 +412,10 @@ mod tests {
     use super::*;
 
     const TIMEOUT: Duration = Duration::from_secs(20);
+
+    fn freeze(freezers: &[Freezer]) -> Result<Frozen, FreezeError> {
+        Writers::of(freezers)?.freeze(TIMEOUT)
+    }
 
     struct Sleeper(Child);
 
@@ -433,7 +457,7 @@ mod tests {
     fn frozen_is_observed_and_dropping_it_thaws() {
         let sleeper = Sleeper::start();
         let freezer = Freezer::Pid(sleeper.process());
-        let frozen = Frozen::freeze(&[freezer.clone(), Freezer::None, freezer], TIMEOUT).unwrap();
+        let frozen = freeze(&[freezer.clone(), Freezer::None, freezer]).unwrap();
         assert!(sleeper.is_stopped());
         assert_eq!(
             frozen.record().len(),
@@ -447,17 +471,15 @@ mod tests {
     #[test]
     fn a_writer_that_stood_still_before_stays_so() {
         let sleeper = Sleeper::start();
-        Frozen::freeze(&[Freezer::Pid(sleeper.process())], TIMEOUT)
-            .unwrap()
-            .keep();
-        drop(Frozen::freeze(&[Freezer::Pid(sleeper.process())], TIMEOUT).unwrap());
+        freeze(&[Freezer::Pid(sleeper.process())]).unwrap().keep();
+        drop(freeze(&[Freezer::Pid(sleeper.process())]).unwrap());
         assert!(sleeper.is_stopped());
     }
 
     #[test]
     fn the_journals_record_thaws_the_same_process_only() {
         let sleeper = Sleeper::start();
-        let frozen = Frozen::freeze(&[Freezer::Pid(sleeper.process())], TIMEOUT).unwrap();
+        let frozen = freeze(&[Freezer::Pid(sleeper.process())]).unwrap();
         let record = frozen.record().remove(0);
         frozen.keep();
         let other = Stopped::Pid {
@@ -479,7 +501,7 @@ mod tests {
         let process = sleeper.process();
         sleeper.0.kill().unwrap();
         sleeper.0.wait().unwrap();
-        let error = Frozen::freeze(&[Freezer::Pid(process)], TIMEOUT).unwrap_err();
+        let error = freeze(&[Freezer::Pid(process)]).unwrap_err();
         assert_eq!(error.code(), "writer-gone");
         assert_eq!(
             Process::open(i32::MAX).unwrap_err().code(),
@@ -490,7 +512,7 @@ mod tests {
     #[test]
     fn a_writer_that_somebody_else_continues_is_noticed() {
         let sleeper = Sleeper::start();
-        let frozen = Frozen::freeze(&[Freezer::Pid(sleeper.process())], TIMEOUT).unwrap();
+        let frozen = freeze(&[Freezer::Pid(sleeper.process())]).unwrap();
         frozen.check().unwrap();
         sleeper.process().signal(libc::SIGCONT).unwrap();
         assert!(sleeper.runs_again());
@@ -552,15 +574,15 @@ mod tests {
         };
         let sleeper = Sleeper::start();
         group.take(&sleeper);
-        let frozen = Frozen::freeze(&[group.freezer(), group.freezer()], TIMEOUT).unwrap();
+        let frozen = freeze(&[group.freezer(), group.freezer()]).unwrap();
         assert!(group.file("cgroup.events").contains("frozen 1"));
         frozen.check().unwrap();
         assert_eq!(frozen.record().len(), 1, "one group, however many regions");
         drop(frozen);
         group.comes_to_be("frozen 0");
 
-        let record = Frozen::record_of(&[group.freezer()]).unwrap().remove(0);
-        Frozen::freeze(&[group.freezer()], TIMEOUT).unwrap().keep();
+        let record = Writers::of(&[group.freezer()]).unwrap().record().remove(0);
+        freeze(&[group.freezer()]).unwrap().keep();
         let other = Stopped::Cgroup {
             path: group.0.clone(),
             inode: 1,
@@ -570,13 +592,13 @@ mod tests {
         record.thaw().unwrap();
         group.comes_to_be("frozen 0");
 
-        let frozen = Frozen::freeze(&[group.freezer()], TIMEOUT).unwrap();
+        let frozen = freeze(&[group.freezer()]).unwrap();
         std::fs::write(group.0.join("cgroup.freeze"), "0").unwrap();
         group.comes_to_be("frozen 0");
         assert_eq!(frozen.check().unwrap_err().code(), "not-frozen");
         drop((frozen, sleeper));
         group.comes_to_be("populated 0");
-        let error = Frozen::freeze(&[group.freezer()], TIMEOUT).unwrap_err();
+        let error = freeze(&[group.freezer()]).unwrap_err();
         assert_eq!(error.code(), "writer-gone");
         assert_eq!(group.file("cgroup.freeze").trim(), "0");
     }
@@ -589,7 +611,7 @@ mod tests {
         let sleeper = Sleeper::start();
         group.take(&sleeper);
         std::fs::write(group.0.join("cgroup.freeze"), "1").unwrap();
-        drop(Frozen::freeze(&[group.freezer()], TIMEOUT).unwrap());
+        drop(freeze(&[group.freezer()]).unwrap());
         assert!(group.file("cgroup.events").contains("frozen 1"));
     }
 

@@ -15,6 +15,15 @@ use crate::sys::sched::Punctual;
 /// often as not chosen again.
 const LOOK_PAUSES: (Duration, Duration) = (Duration::from_micros(5), Duration::from_millis(2));
 
+/// How much a look at a process's first thread tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Glance {
+    Runs,
+    Stopped,
+    /// All threads have to be looked at.
+    Unclear,
+}
+
 /// A process that writes, held by a descriptor so that its number cannot come to mean another one.
 #[derive(Debug)]
 pub struct Process {
@@ -74,8 +83,8 @@ impl Process {
         let mut running = None;
         for entry in threads {
             let entry = entry.map_err(unseen)?;
-            let state = match state(&entry.path()) {
-                Ok(state) => state,
+            let state = match stat(&entry.path()) {
+                Ok((state, _)) => state,
                 // A thread that has just ended runs no more.
                 Err(error) if has_gone(&error) => continue,
                 Err(error) => return Err(unseen(error)),
@@ -97,24 +106,30 @@ impl Process {
         Ok(running)
     }
 
-    /// Whether its first thread runs, as far as one look tells: a signal stops all threads or none. Where it
-    /// does not tell, all of them have to be looked at.
-    fn first_thread_runs(&self) -> bool {
-        let state = state(Path::new(&format!("/proc/{}", self.pid)));
-        !matches!(state, Ok(Some('T' | 'Z' | 'X')) | Err(_))
+    /// What one look at its first thread tells of all of them.
+    fn glance(&self) -> Glance {
+        match self.first_thread() {
+            // It cannot have started another one since.
+            Ok((Some('T'), Some(1))) if !self.pidfd.has_ended() => Glance::Stopped,
+            Ok((Some('T' | 'Z' | 'X'), _)) | Err(_) => Glance::Unclear,
+            // A signal stops all threads or none.
+            Ok(_) => Glance::Runs,
+        }
     }
 
-    /// Stops it; says whether it ran before.
-    pub(super) fn stop(&self, timeout: Duration) -> Result<bool, FreezeError> {
-        if !self.first_thread_runs() && self.running_thread()?.is_none() {
-            return Ok(false);
-        }
+    /// The state of the first thread, and how many there are.
+    fn first_thread(&self) -> io::Result<(Option<char>, Option<u32>)> {
+        stat(Path::new(&format!("/proc/{}", self.pid)))
+    }
+
+    /// Stops it.
+    pub(super) fn stop(&self, timeout: Duration) -> Result<(), FreezeError> {
         self.signal(libc::SIGSTOP)?;
         let stopped = self.wait_until_stopped(timeout);
         if stopped.is_err() {
             let _ = self.signal(libc::SIGCONT);
         }
-        stopped.map(|()| true)
+        stopped
     }
 
     fn wait_until_stopped(&self, timeout: Duration) -> Result<(), FreezeError> {
@@ -122,22 +137,24 @@ impl Process {
         let mut pause = LOOK_PAUSES.0;
         let _punctual = Punctual::begin();
         loop {
-            if self.first_thread_runs() && started.elapsed() < timeout {
-                thread::sleep(pause);
-                pause = (pause * 2).min(LOOK_PAUSES.1);
-                continue;
-            }
-            let Some((thread, state)) = self.running_thread()? else {
+            let glance = self.glance();
+            if glance == Glance::Stopped {
                 return Ok(());
-            };
-            if started.elapsed() >= timeout {
-                let seconds = timeout.as_secs_f32();
-                return Err(FreezeError::TimedOut {
-                    pid: self.pid,
-                    seconds,
-                    thread,
-                    state,
-                });
+            }
+            let late = started.elapsed() >= timeout;
+            if late || glance == Glance::Unclear {
+                match self.running_thread()? {
+                    None => return Ok(()),
+                    Some((thread, state)) if late => {
+                        return Err(FreezeError::TimedOut {
+                            pid: self.pid,
+                            seconds: timeout.as_secs_f32(),
+                            thread,
+                            state,
+                        });
+                    }
+                    Some(_) => {}
+                }
             }
             thread::sleep(pause);
             pause = (pause * 2).min(LOOK_PAUSES.1);
@@ -147,9 +164,9 @@ impl Process {
     /// That it still stands still. All its threads were seen to; what lets one of them go on lets all go on, and
     /// so a look at the first one tells.
     pub(super) fn check(&self) -> Result<(), FreezeError> {
-        let first = state(Path::new(&format!("/proc/{}", self.pid)));
+        let first = self.first_thread();
         // Asked last: if the process lives, that was its own.
-        if matches!(first, Ok(Some('T'))) && !self.pidfd.has_ended() {
+        if matches!(first, Ok((Some('T'), _))) && !self.pidfd.has_ended() {
             return Ok(());
         }
         match self.running_thread()? {
@@ -183,29 +200,31 @@ fn has_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
-/// The state letter of the process or thread with this directory. One read is enough, a line has some 350
-/// bytes, and a writer stands still meanwhile.
-fn state(directory: &Path) -> io::Result<Option<char>> {
+/// The state letter of the process or thread with this directory, and how many threads the process has. One read
+/// is enough, a line has some 350 bytes, and a writer stands still meanwhile.
+fn stat(directory: &Path) -> io::Result<(Option<char>, Option<u32>)> {
     let mut line = [0; 1024];
     let read = File::open(directory.join("stat"))?.read(&mut line)?;
-    Ok(thread_state(&String::from_utf8_lossy(&line[..read])))
+    let line = String::from_utf8_lossy(&line[..read]);
+    let state = field(&line, STATE).and_then(|state| state.chars().next());
+    let threads = field(&line, THREADS).and_then(|threads| threads.parse().ok());
+    Ok((state, threads))
 }
 
-/// The state letter of a `/proc/…/stat` line: the name before it may contain anything, even `)`.
-fn thread_state(stat: &str) -> Option<char> {
-    stat.rsplit_once(") ")?.1.chars().next()
+/// Fields of a `/proc/…/stat` line, counted as in proc_pid_stat(5).
+const STATE: usize = 3;
+const THREADS: usize = 20;
+const START_TIME: usize = 22;
+
+/// A field behind the name, which may itself contain anything, even `)`.
+fn field(stat: &str, number: usize) -> Option<&str> {
+    stat.rsplit_once(") ")?.1.split(' ').nth(number - STATE)
 }
 
-/// When a process started, in clock ticks since boot: field 22 of proc_pid_stat(5).
+/// When a process started, in clock ticks since boot.
 fn start_time(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The state after the name is field 3.
-    stat.rsplit_once(") ")?
-        .1
-        .split(' ')
-        .nth(22 - 3)?
-        .parse()
-        .ok()
+    let line = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    field(&line, START_TIME)?.parse().ok()
 }
 
 /// Lets a process of the journal go on, if the number still means the same one.
@@ -227,6 +246,6 @@ mod tests {
 
     #[test]
     fn a_process_name_cannot_pretend_a_state() {
-        assert_eq!(thread_state("12 (a) T (b) S 1 1"), Some('S'));
+        assert_eq!(field("12 (a) T (b) S 1 1", STATE), Some("S"));
     }
 }

@@ -224,7 +224,8 @@ mod tests {
         drop(throttle);
         assert!(sleeper.comes_to_be(false));
         // The thread is joined: nothing stops it any more.
-        let frozen = super::super::Frozen::freeze(&[Freezer::Pid(sleeper.process())], TIMEOUT);
+        let writers = super::super::Writers::of(&[Freezer::Pid(sleeper.process())]).unwrap();
+        let frozen = writers.freeze(TIMEOUT);
         assert_eq!(frozen.unwrap().record().len(), 1);
     }
 

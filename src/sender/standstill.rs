@@ -2,14 +2,16 @@
 //!
 //! Dropping it thaws. Only [`Standstill::keep`] does not: behind the commit record.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
-use crate::freeze::{FreezeError, Freezer, Frozen, Stopped};
+use crate::freeze::{FreezeError, Freezer, Frozen, Stopped, Writers};
 use crate::guardian::{Asked, Guardian};
+use crate::journal::{CommitSent, Proposal};
 use crate::wire::Hex128;
 
 use super::clients::Said;
@@ -17,8 +19,17 @@ use super::debt::Looked;
 use super::error::TransferError;
 use super::status::{Attempt, Status};
 
-/// What was frozen, since when, and what was seen at once.
-type Found = (Frozen, Instant, Looked);
+/// The writers as they stand still.
+#[derive(Debug)]
+struct Found {
+    frozen: Frozen,
+    /// Just before the first was stopped, and once all stood still.
+    since: Instant,
+    at: Instant,
+    /// What they had written.
+    seen: Looked,
+    proposal: Proposal<CommitSent>,
+}
 
 /// What is frozen, or just being frozen.
 #[derive(Debug)]
@@ -28,7 +39,7 @@ pub(super) struct Standstill {
     guardian: Arc<Mutex<Guardian>>,
     /// Whether clients were asked to stop, and have not been told to go on.
     asked: bool,
-    freezing: Option<JoinHandle<Result<Found, FreezeError>>>,
+    freezing: Option<JoinHandle<Result<Found, TransferError>>>,
     thawing: Option<JoinHandle<()>>,
     frozen: Frozen,
     /// The writers were seen to stand still, and not let go since.
@@ -62,49 +73,63 @@ impl Standstill {
         self.stands
     }
 
-    fn guardian(&self) -> MutexGuard<'_, Guardian> {
-        self.guardian.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Stops the writers, waits until they are seen to stand still, and looks what they have written: on
     /// the same thread, for every hand-over to another one costs as much as a freeze. Gives how long the
-    /// freeze took, and what was seen.
+    /// freeze took, and a draft of the commit record for those that were stopped.
+    ///
+    /// Who is to be stopped is noted before the first one is, so that none is left stopped whoever dies when.
     pub(super) async fn freeze(
         &mut self,
         freezers: Vec<Freezer>,
         limit: Duration,
+        propose: impl FnOnce(Vec<Stopped>) -> io::Result<Proposal<CommitSent>> + Send + 'static,
         look: impl FnOnce() -> Looked + Send + 'static,
-    ) -> Result<(Duration, u64), TransferError> {
+    ) -> Result<(Duration, Proposal<CommitSent>), TransferError> {
         let attempt = Arc::clone(&self.attempt);
         let asked = Asked {
             id: attempt.id.clone(),
             regions: attempt.clients.regions(),
         };
-        // Before the first is stopped, so that none is left stopped whoever dies when.
-        self.guardian()
-            .note(self.nonce, Frozen::record_of(&freezers)?, asked)
-            .map_err(TransferError::local("note what is to be frozen"))?;
-        self.since = Instant::now();
         self.asked = !attempt.clients.is_empty();
-        if self.asked {
+        let (guardian, nonce) = (Arc::clone(&self.guardian), self.nonce);
+        let begin = move || {
+            let writers = Writers::of(&freezers)?;
+            let noted = lock(&guardian).note(nonce, writers.record(), asked);
+            noted.map_err(TransferError::local("note what is to be frozen"))?;
+            let proposal = propose(writers.record());
+            let proposal = proposal.map_err(TransferError::local("draft the commit record"))?;
+            Ok::<_, TransferError>((writers, proposal, Instant::now()))
+        };
+        let stop = move |(writers, proposal, since): (Writers, _, _)| {
+            Ok(Found {
+                frozen: writers.freeze(limit)?,
+                since,
+                at: Instant::now(),
+                seen: look(),
+                proposal,
+            })
+        };
+        let freeze: Box<dyn FnOnce() -> _ + Send> = if self.asked {
+            let begun = begin()?;
+            self.since = begun.2;
             attempt.clients.forget();
             attempt.enter(Status::PreSwitchover);
             self.all_say(Said::StandsStill, limit).await?;
-        }
-        let freeze = move || {
-            let frozen = Frozen::freeze(&freezers, limit)?;
-            Ok((frozen, Instant::now(), look()))
+            Box::new(move || stop(begun))
+        } else {
+            // Nobody has to be stopped before the thread is there.
+            Box::new(move || stop(begin()?))
         };
         // Kept, so that a cancel that comes just now waits for the end of it and thaws.
         let freezing = self.freezing.insert(spawn_blocking(freeze));
         let found = freezing.await;
         self.freezing = None;
-        let (frozen, at, seen) =
-            found.map_err(|error| TransferError::local("freeze")(error.into()))??;
-        self.frozen = frozen;
+        let found = found.map_err(|error| TransferError::local("freeze")(error.into()))??;
+        (self.frozen, self.since) = (found.frozen, found.since);
         self.stands = true;
-        attempt.enter(Status::Device);
-        Ok((at - self.since, seen?))
+        attempt.enter_unheard(Status::Device);
+        found.seen?;
+        Ok((found.at - found.since, found.proposal))
     }
 
     /// Waits until every writer that stops itself has said so much.
@@ -152,7 +177,7 @@ impl Standstill {
 
     /// Forgets what the guardian has noted.
     pub(super) fn forget(&self) {
-        self.guardian().forget(self.nonce);
+        lock(&self.guardian).forget(self.nonce);
     }
 
     /// Lets the writers go on.
@@ -177,6 +202,10 @@ impl Standstill {
             self.attempt.release_clients();
         }
     }
+}
+
+fn lock(guardian: &Mutex<Guardian>) -> MutexGuard<'_, Guardian> {
+    guardian.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Standstill {

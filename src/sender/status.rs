@@ -102,6 +102,8 @@ pub(super) struct Downtime {
 #[derive(Debug)]
 struct State {
     status: Status,
+    /// States that were entered and are still to be announced.
+    unheard: Vec<Status>,
     /// The commit was recorded: there is no way back by cancelling.
     commit_sent: bool,
     /// The writers are being stopped, or stand still.
@@ -176,6 +178,7 @@ impl Attempt {
             clients,
             state: Mutex::new(State {
                 status: Status::Setup,
+                unheard: vec![Status::Setup],
                 commit_sent: false,
                 freezing: false,
                 interruptions: 0,
@@ -193,7 +196,7 @@ impl Attempt {
                 error: None,
             }),
         };
-        attempt.announce(Status::Setup);
+        attempt.announce();
         Arc::new(attempt)
     }
 
@@ -201,8 +204,13 @@ impl Attempt {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn announce(&self, status: Status) {
-        self.clients.announce(&self.events, &self.id, status);
+    /// Announces what was entered.
+    pub(super) fn announce(&self) {
+        let unheard = std::mem::take(&mut self.lock().unheard);
+        for status in unheard {
+            tracing::info!(id = %self.id, status = status.as_str(), "transfer");
+            self.clients.announce(&self.events, &self.id, status);
+        }
     }
 
     /// Tells writers that stopped themselves that they may go on, whatever becomes of the attempt.
@@ -228,6 +236,13 @@ impl Attempt {
 
     /// Enters a state and announces it.
     pub(super) fn enter(&self, status: Status) {
+        self.enter_unheard(status);
+        self.announce();
+    }
+
+    /// Enters a state that is announced later: to wake up who listens takes up to 100 us, and a writer stands
+    /// still.
+    pub(super) fn enter_unheard(&self, status: Status) {
         {
             let mut state = self.lock();
             // A cancel that was accepted stays visible until the attempt has ended.
@@ -236,6 +251,7 @@ impl Attempt {
                 return;
             }
             state.status = status;
+            state.unheard.push(status);
             if status == Status::Active {
                 state
                     .setup_time
@@ -252,8 +268,6 @@ impl Attempt {
                 self.history.add(self.shown(&state));
             }
         }
-        tracing::info!(id = %self.id, status = status.as_str(), "transfer");
-        self.announce(status);
     }
 
     /// Ends the attempt without a hand-over.
@@ -285,9 +299,10 @@ impl Attempt {
                 return true;
             }
             state.status = Status::Cancelling;
+            state.unheard.push(Status::Cancelling);
             self.cancel.cancel();
         }
-        self.announce(Status::Cancelling);
+        self.announce();
         true
     }
 

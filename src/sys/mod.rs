@@ -11,6 +11,7 @@ pub mod msg;
 pub mod numa;
 pub mod pagemap;
 pub mod process;
+pub mod procmap;
 pub mod sched;
 pub mod scm;
 pub mod tcp;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::json;
 use tokio::time::timeout;
 
-use crate::journal::Decision;
+use crate::journal::{Decision, Proposal};
 use crate::wire::{BlobAccount, FromReceiver, Hex128, StreamTotals};
 
 use super::super::admission::Refusal;
@@ -26,6 +26,8 @@ pub(super) struct Ready {
     /// Each file, and the final name it gets.
     moves: Vec<(PathBuf, PathBuf)>,
     blob: Option<KeptBlob>,
+    /// The record that a commit makes valid: a writer may stand still when it comes.
+    proposal: Proposal<Decision>,
 }
 
 impl Attempt {
@@ -66,12 +68,21 @@ impl Attempt {
             "link the regions into receive.directory",
         ))?;
         let hidden = accepted.hidden.get_or_insert(hidden);
-        let moves = hidden.iter().map(Hidden::its_move).collect();
+        let moves: Vec<_> = hidden.iter().map(Hidden::its_move).collect();
+        let record = Decision::Committed {
+            boot_id: self.receiver.boot_id.clone(),
+            id: self.id.clone(),
+            moves: moves.clone(),
+            blob: blob.as_ref().map(KeptBlob::its_record),
+        };
+        let proposal = self.receiver.journal.propose(record);
+        let proposal = proposal.map_err(AttemptError::local("draft the commit record"))?;
         self.confirm().await?;
         Ok(Ready {
             totals,
             moves,
             blob,
+            proposal,
         })
     }
 
@@ -124,13 +135,8 @@ impl Attempt {
     pub(super) async fn commit(&mut self, ready: Ready) -> Result<(), AttemptError> {
         let accepted = accepted(&mut self.accepted);
         accepted.setup.assembly.close(&ready.totals)?;
-        let record = Decision::Committed {
-            boot_id: self.receiver.boot_id.clone(),
-            id: self.id.clone(),
-            moves: ready.moves.clone(),
-            blob: ready.blob.as_ref().map(KeptBlob::its_record),
-        };
-        let decided = self.receiver.journal.decide(self.nonce, record.clone());
+        let record = ready.proposal.record().clone();
+        let decided = ready.proposal.decide(&self.receiver.journal, self.nonce);
         if decided.map_err(AttemptError::local("write the commit record"))? != record {
             let desc = "this attempt was decided before, and not in favour of this receiver";
             return Err(Refusal::new("refused", desc).into());
@@ -142,8 +148,8 @@ impl Attempt {
         self.take_over(ready.blob);
         // If this is lost the sender asks again, and the record answers.
         let told = self.talk.say(&FromReceiver::Committed {}).await;
-        tracing::info!(id = %self.id, told = told.is_ok(), "committed: the regions are owned here now");
         self.report("completed", None);
+        tracing::info!(id = %self.id, told = told.is_ok(), "committed: the regions are owned here now");
         // The sender hangs up when it has heard. Unmapping the memory here takes milliseconds per GiB,
         // and on few cores they would be part of its downtime.
         let _ = timeout(REASON_WAIT, self.talk.hear()).await;

@@ -1,11 +1,12 @@
 //! From the freeze to the commit: the writer stands still, and then the memory has another owner.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
 use crate::dirty::Tracker;
-use crate::freeze::Freezer;
+use crate::freeze::{Freezer, Stopped};
 use crate::journal::CommitSent;
 use crate::limits::PAGE_BYTES;
 use crate::stream::Pass;
@@ -18,6 +19,10 @@ use super::super::status::Status;
 use super::blob::Blob;
 use super::{Outcome, Talk, Transfer, Writer, under_way, unexpected};
 
+/// How long the receiver takes to commit if nothing is in its way. Who listens to us is told only then how far we
+/// are: woken up now, they might take the CPU that the receiver needs.
+const AT_ONCE: Duration = Duration::from_millis(5);
+
 impl Transfer {
     /// Stops the writers, waits until they are seen to stand still, and asks the trackers.
     pub(super) async fn freeze(&mut self) -> Result<(), TransferError> {
@@ -28,10 +33,16 @@ impl Transfer {
             .map(|registered| registered.freezer.clone())
             .collect();
         let look = self.debt.harvest_frozen(self.is_prepared());
-        let frozen = self
-            .standstill
-            .freeze(freezers, self.parameters.freeze_timeout, look);
-        (self.downtime.freeze, _) = frozen.await?;
+        let (journal, draft) = (
+            Arc::clone(&self.order.journal),
+            self.commit_record(Vec::new()),
+        );
+        let propose = move |stopped| journal.propose(CommitSent { stopped, ..draft });
+        let limit = self.parameters.freeze_timeout;
+        let frozen = self.standstill.freeze(freezers, limit, propose, look);
+        let proposal;
+        (self.downtime.freeze, proposal) = frozen.await?;
+        self.proposal = Some(proposal);
         self.asked_last = true;
         Ok(())
     }
@@ -43,6 +54,9 @@ impl Transfer {
         let (mut least, mut progress) = (u64::MAX, Instant::now());
         // What is found by reading is not known before it is read.
         let mut unread = self.scans();
+        if unread || self.debt.pages() > 0 {
+            self.attempt.announce();
+        }
         while unread || self.debt.pages() > 0 {
             self.iterate(Writer::StandsStill).await?;
             unread = false;
@@ -142,8 +156,11 @@ impl Transfer {
 
     /// The receiver counts the same as we do, and has everything.
     pub(super) async fn prepare(&mut self) -> Result<(), TransferError> {
-        self.attempt.enter(Status::Completing);
         let started = Instant::now();
+        self.attempt.enter_unheard(Status::Completing);
+        if !self.is_prepared() || !self.attempt.clients.is_empty() {
+            self.attempt.announce();
+        }
         let (prepared, question, patience) = (self.is_prepared(), self.question(), self.patience());
         let talk = under_way(&mut self.talk)?;
         // Every tracker is asked once more, unless there was no Iteration since, and whether it saw everything.
@@ -189,19 +206,28 @@ impl Transfer {
         if !self.attempt.begin_commit() {
             return Err(TransferError::Cancelled);
         }
-        let record = CommitSent {
+        let record = self.commit_record(self.standstill.record());
+        // Connections may have been replaced since.
+        let proposal = match self.proposal.take() {
+            Some(proposal) if *proposal.record() == record => Ok(proposal),
+            _ => self.order.journal.propose(record),
+        };
+        let written = proposal.and_then(|draft| draft.decide(&self.order.journal, self.nonce));
+        let record = written.map_err(TransferError::local("record the commit"))?;
+        self.standstill.keep();
+        Ok(record)
+    }
+
+    fn commit_record(&self, stopped: Vec<Stopped>) -> CommitSent {
+        CommitSent {
             nonce: self.nonce,
             id: self.attempt.id.clone(),
             uri: self.reached.to_string(),
             boot_id: self.order.boot_id.clone(),
             receiver_boot_id: self.receiver_boot_id.clone(),
             regions: self.attempt.regions.clone(),
-            stopped: self.standstill.record(),
-        };
-        let written = self.order.journal.decide(self.nonce, record);
-        let record = written.map_err(TransferError::local("record the commit"))?;
-        self.standstill.keep();
-        Ok(record)
+            stopped,
+        }
     }
 
     pub(super) async fn commit(mut self, record: CommitSent) -> Outcome {
@@ -210,7 +236,13 @@ impl Transfer {
         let answer = async {
             let talk = under_way(&mut self.talk)?;
             talk.say(&FromSender::Commit { nonce }).await?;
-            talk.hear().await
+            match timeout(AT_ONCE, talk.hear()).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    self.attempt.announce();
+                    talk.hear().await
+                }
+            }
         };
         let answer = answer.await;
         let now = Instant::now();

@@ -21,7 +21,7 @@ use crate::config::{FreezeConfig, Integrity, TransferParameters, WhenNotConvergi
 use crate::dirty::Tracker;
 use crate::endpoint::Endpoint;
 use crate::guardian::Guardian;
-use crate::journal::{CommitSent, Journal};
+use crate::journal::{CommitSent, Journal, Proposal};
 use crate::peer::{Conversation, PeerError};
 use crate::rates::Rates;
 use crate::stream::StreamError;
@@ -118,6 +118,8 @@ pub(super) struct Transfer {
     /// If writers may be slowed down.
     slowdown: Option<Slowdown>,
     standstill: Standstill,
+    /// The commit record as it was to be when the writers were stopped.
+    proposal: Option<Proposal<CommitSent>>,
     blob: Option<Blob>,
     spent_blob: Option<Spent>,
     downtime: Downtime,
@@ -193,6 +195,7 @@ impl Transfer {
             order,
             slowdown,
             standstill,
+            proposal: None,
             blob: None,
             spent_blob: None,
             downtime: Downtime::default(),
