@@ -296,6 +296,13 @@ impl Region {
         self.read(range, buffer)
     }
 
+    /// The CRC-32C of `range`, through the mapping, for the same pages as [`read_mapped`](Self::read_mapped).
+    /// `None`: it has to be read for that, which also tells if a page is not there any more.
+    #[must_use]
+    pub fn crc32c_mapped(&self, range: PageRange) -> Option<u32> {
+        sys::copy::crc32c(&self.span(range))
+    }
+
     /// Whether all bytes of `range`, through the mapping, are zero: reads only up to the first that is not.
     /// For pages of which [`is_mapped`](Self::is_mapped) has just said yes, as for
     /// [`read_mapped`](Self::read_mapped); `buffer` has room for them.

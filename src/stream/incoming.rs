@@ -15,10 +15,11 @@ use crate::stats::Counter;
 use crate::sys::{self, wake::Wake};
 use crate::wire::{
     Ack, DataHeader, Extent, ExtentKind, HEADER_BYTES, Header, MarkHeader, Packed, Table,
-    TornTable, WireError, blocks, crc32c,
+    TornTable, WireError, blocks,
 };
 
 use super::StreamError;
+use super::checksum::checksum;
 use super::codec::Decoder;
 
 /// Memory that a Region arrives in.
@@ -263,7 +264,7 @@ impl<D: Destination> IncomingStream<D> {
             let expected = checksums
                 .next()
                 .expect("the table was checked to have one per block");
-            if crc32c(region.read_mapped(block, &mut self.buffer)?) == *expected {
+            if checksum(region, block, &mut self.buffer)? == *expected {
                 incoming.intact(block);
             } else {
                 self.torn.push(block);

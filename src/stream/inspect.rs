@@ -1,9 +1,11 @@
-//! One read of memory serves everything: fingerprint, zero test and checksum.
+//! What pages are, looked at after the harvest and before they are lent: fingerprint, zero test and checksum.
 //!
-//! Where only the zero test is wanted, a page is read up to its first byte that is not zero, and where none was
-//! zero for long only one page of a block is looked at. Else a block is copied into a cache-sized buffer and all three are computed from that copy, after the
-//! harvest and before the page is lent. What is sent afterwards may be newer (the page is live); then
-//! the receiver's checksum differs from ours, the block counts as torn, and it stays owed. That is
+//! What is sent afterwards may be newer (the page is live); then the receiver's checksum differs from ours, the
+//! block counts as torn, and it stays owed.
+//!
+//! A page is tested for zeros up to its first byte that is not, and checksums are made where the memory is. Without
+//! checksums, where none was zero for long only one page of a block is looked at. If there are fingerprints, or
+//! payload is kept, a block is copied into a cache-sized buffer first and everything is computed from that copy. That is
 //! also what makes `scan` exact: a value that came and went between two scans arrives torn. Payload that is
 //! kept, to be compressed, is sent as it was read, and neither newer nor torn.
 
@@ -13,6 +15,8 @@ use crate::limits::{BLOCK_LEN, BLOCK_PAGES, PAGE_BYTES, PAGE_LEN};
 use crate::pages::PageRange;
 use crate::region::{Region, RegionError};
 use crate::wire::{ExtentKind, Table, blocks, crc32c};
+
+use super::checksum::checksum;
 
 /// Data in a row, in bytes, after which zero pages are looked for by samples.
 const DENSE_BYTES: u64 = 32 * 1024 * 1024;
@@ -84,7 +88,7 @@ impl Inspector {
             }
             // What is a hole by now is not filled again by looking at it.
             let mapped = is_mapped(region, range)?;
-            if mapped && !self.integrity && !self.keeps && fingerprints.is_none() {
+            if mapped && !self.keeps && fingerprints.is_none() {
                 self.probe(region, range)?;
                 continue;
             }
@@ -115,22 +119,36 @@ impl Inspector {
         Ok(())
     }
 
-    /// Tells pages that are zero from others, and no more. To touch every page costs more than sending it
-    /// without a copy, so memory that was dense for long is only sampled, until a page is zero: what is missed
-    /// is sent as data.
+    /// Tells pages that are zero from others. To touch every page costs more than sending it without a copy, so
+    /// where there is no checksum memory that was dense for long is only sampled, until a page is zero: what is
+    /// missed is sent as data.
     fn probe(&mut self, region: &Region, range: PageRange) -> Result<(), RegionError> {
         for block in blocks(range) {
-            if self.dense_bytes >= DENSE_BYTES && !self.is_zero(region, sample(block))? {
+            let dense = !self.integrity && self.dense_bytes >= DENSE_BYTES;
+            if dense && !self.is_zero(region, sample(block))? {
                 self.table.push(block, ExtentKind::Data);
                 continue;
             }
-            for first in block.first..block.end() {
-                let page = PageRange { first, count: 1 };
-                let kind = match self.is_zero(region, page)? {
-                    true => ExtentKind::Zero,
-                    false => ExtentKind::Data,
+            let mut first = block.first;
+            while first < block.end() {
+                let zero = self.is_zero(region, page(first))?;
+                let mut end = first + 1;
+                while end < block.end() && self.is_zero(region, page(end))? == zero {
+                    end += 1;
+                }
+                let run = PageRange {
+                    first,
+                    count: end - first,
                 };
-                self.table.push(page, kind);
+                match (zero, self.integrity) {
+                    (true, _) => self.table.push(run, ExtentKind::Zero),
+                    (false, true) => {
+                        let checksum = checksum(region, run, &mut self.buffer)?;
+                        self.table.push_block(run, checksum);
+                    }
+                    (false, false) => self.table.push(run, ExtentKind::Data),
+                }
+                first = end;
             }
         }
         self.read_bytes += range.bytes(region.bytes());
@@ -149,10 +167,11 @@ impl Inspector {
 
 /// A page of `block`: another one in the next block, so that no pattern hides its zero pages.
 fn sample(block: PageRange) -> PageRange {
-    PageRange {
-        first: block.first + block.first / BLOCK_PAGES % block.count,
-        count: 1,
-    }
+    page(block.first + block.first / BLOCK_PAGES % block.count)
+}
+
+fn page(first: u64) -> PageRange {
+    PageRange { first, count: 1 }
 }
 
 /// Whether all of `range` is in our page tables. What is all data and not there yet is entered at once,

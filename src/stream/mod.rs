@@ -7,6 +7,7 @@
 //!
 //! Which pages go where is `iteration`'s business; agreeing and committing is the conversation's.
 
+mod checksum;
 mod codec;
 mod compression;
 mod error;
