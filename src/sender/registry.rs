@@ -1,6 +1,6 @@
 //! Regions the sender knows, and which attempt has them (rule 12).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -42,12 +42,10 @@ impl Registered {
         self.hold = Hold::Moved(attempt.clone());
     }
 
-    /// Whether stopping the writer of one is stopping that of the other.
+    /// Whether stopping the writer of one is stopping that of the other, which has one.
     fn has_writer_of(&self, other: &Self) -> bool {
         let client = |registered: &Self| registered.client.as_ref().map(|client| client.id);
-        self.freeze != FreezeConfig::None
-            && self.freeze == other.freeze
-            && client(self) == client(other)
+        self.freeze == other.freeze && client(self) == client(other)
     }
 }
 
@@ -263,9 +261,9 @@ impl Registry {
         names: &[Name],
         id: &Name,
     ) -> Result<(Claim, Vec<Registered>), CommandError> {
-        let mut regions = Vec::with_capacity(names.len());
-        for (index, name) in names.iter().enumerate() {
-            if names[..index].contains(name) {
+        let (mut regions, mut named) = (Vec::with_capacity(names.len()), BTreeSet::new());
+        for name in names {
+            if !named.insert(name) {
                 return Err(CommandError::new(
                     "invalid-argument",
                     format!("Region '{name}' is named twice"),
@@ -312,6 +310,9 @@ impl Registry {
     }
 
     fn claim_of_writer(&self, of: &Registered) -> Option<&Claim> {
+        if of.freeze == FreezeConfig::None {
+            return None;
+        }
         let mut others = self.regions.values();
         others.find_map(|registered| match &registered.hold {
             Hold::Claimed(claim) if registered.has_writer_of(of) => Some(claim),
