@@ -49,11 +49,12 @@ impl Registered {
         }
     }
 
-    /// Registers what is wanted, once. What the kernel refuses is sent unregistered.
-    pub(super) fn begin(&mut self, ring: &mut Ring) {
+    /// Registers what is wanted, once. What the kernel refuses is sent unregistered. Says whether this has registered
+    /// memory in huge pages.
+    pub(super) fn begin(&mut self, ring: &mut Ring) -> bool {
         let wanted = std::mem::take(&mut self.wanted);
         if wanted.is_empty() {
-            return;
+            return false;
         }
         let mut buffers = Vec::new();
         for region in wanted {
@@ -67,7 +68,7 @@ impl Registered {
             }
         }
         if buffers.is_empty() {
-            return;
+            return false;
         }
         if let Err(error) = ring.register(&buffers) {
             self.twins.clear();
@@ -81,6 +82,9 @@ impl Registered {
                 _ => error.to_string(),
             });
         }
+        let huge =
+            |twin: &Twin| sys::pagemap::huge_bytes(&twin.pinned).is_ok_and(|bytes| bytes > 0);
+        self.twins.iter().any(huge)
     }
 
     fn refuse(&mut self, why: &str) {

@@ -204,8 +204,8 @@ impl UringChannel {
 
     /// One send: its bytes, or what the kernel answered. An outer error is about the ring.
     fn send(&mut self, iov: &[Span<'_>], registered: bool) -> io::Result<Result<usize, Errno>> {
-        if registered {
-            self.registered.begin(&mut self.ring);
+        if registered && self.registered.begin(&mut self.ring) {
+            copies::make_room_for_huge_pages(self.socket.fd.as_fd())?;
         }
         self.ring.enable()?;
         let mut stall = Stall::begin(self.socket.patience.stall_timeout, self.queued_bytes());
