@@ -54,12 +54,15 @@ const QUEUE_WITHIN_HOST_BYTES: usize = 128 << 10;
 
 /// Keeps the queue of a connection short that does not leave this host. Others need what is on the line.
 pub fn keep_queue_short(socket: BorrowedFd<'_>) -> io::Result<()> {
-    match ends(socket) {
-        Some((near, far)) if is_within_host(near, far) => {
-            Ok(setsockopt(&socket, SndBuf, &QUEUE_WITHIN_HOST_BYTES)?)
-        }
-        _ => Ok(()),
+    if stays_within_host(socket) {
+        setsockopt(&socket, SndBuf, &QUEUE_WITHIN_HOST_BYTES)?;
     }
+    Ok(())
+}
+
+/// Whether a TCP connection is known not to leave this host.
+pub(super) fn stays_within_host(socket: BorrowedFd<'_>) -> bool {
+    ends(socket).is_some_and(|(near, far)| is_within_host(near, far))
 }
 
 /// Bytes that the queue of a connection out of this host may seem to have, if it sends registered memory in huge
@@ -72,15 +75,12 @@ const QUEUE_OF_HUGE_PAGES_BYTES: usize = 64 << 20;
 /// Has room for sends of registered huge pages in the queue of a connection that leaves this host: as much as
 /// `net.core.wmem_max` allows, or all of it for who may administer the network.
 pub(super) fn make_room_for_huge_pages(socket: BorrowedFd<'_>) -> io::Result<()> {
-    match ends(socket) {
-        Some((near, far)) if !is_within_host(near, far) => {
-            let bytes = QUEUE_OF_HUGE_PAGES_BYTES;
-            setsockopt(&socket, SndBufForce, &bytes)
-                .or_else(|_| setsockopt(&socket, SndBuf, &bytes))?;
-            Ok(())
-        }
-        _ => Ok(()),
+    let bytes = QUEUE_OF_HUGE_PAGES_BYTES;
+    if !stays_within_host(socket) {
+        setsockopt(&socket, SndBufForce, &bytes)
+            .or_else(|_| setsockopt(&socket, SndBuf, &bytes))?;
     }
+    Ok(())
 }
 
 /// The addresses of a TCP connection: ours and the other one.

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::copies;
 use super::{Channel, Features, Patience, SocketChannel, UringChannel, WriteFlags, writev_all};
 use crate::limits::PAGE_BYTES;
 use crate::region::Region;
@@ -76,6 +77,8 @@ pub struct Opened {
     pub engine: Option<Engine>,
     /// Why it is not what was asked for; empty if it is.
     pub note: String,
+    /// It does not leave this host, where kernels copy what is lent: to see that, little need be lent.
+    pub within_host: bool,
 }
 
 /// What to lend with: found out before the first stream is opened, since a trial may take its time.
@@ -132,6 +135,7 @@ pub fn open(
         errqueue::family(fd.as_fd())?,
         libc::AF_INET | libc::AF_INET6
     );
+    let within_host = is_tcp && copies::stays_within_host(fd.as_fd());
     if is_tcp {
         notes.extend(share.map(|share| {
             let share = share / 1024;
@@ -155,6 +159,7 @@ pub fn open(
                     channel: Box::new(channel),
                     engine: Some(engine),
                     note: notes.join("; "),
+                    within_host,
                 });
             }
             Err((back, error)) => {
@@ -175,6 +180,7 @@ pub fn open(
         channel: Box::new(channel),
         engine: lends.then_some(Engine::MsgZerocopy),
         note: notes.join("; "),
+        within_host,
     })
 }
 

@@ -93,6 +93,7 @@ impl Crew {
                 channel: Box::new(SocketChannel::new(fd, patience, false)?),
                 engine: None,
                 note: String::new(),
+                within_host: false,
             });
         };
         // What is never sent from a registration is not registered either.

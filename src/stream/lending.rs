@@ -112,6 +112,11 @@ impl Lending {
         matches!(self.state, State::Begins { .. } | State::Lends { .. })
     }
 
+    /// Whether the next packet is lent only to see whether that saves the copy.
+    pub(super) fn tries(&self) -> bool {
+        self.lends() && !self.works
+    }
+
     /// Whether lending is known to save the copy, so that preparing more for it pays.
     pub(super) fn works(&self) -> bool {
         self.works
@@ -213,13 +218,13 @@ mod tests {
         let now = Instant::now();
         let mut lending = alone(true);
         assert_eq!(lending.step(flush(7, 7), now), None);
-        assert!(!lending.works());
+        assert!(!lending.works() && lending.tries());
         assert_eq!(lending.step(flush(8, 7), now), None);
-        assert!(lending.works());
+        assert!(lending.works() && !lending.tries());
         assert_eq!(lending.step(flush(15, 14), now), None);
         assert!(lending.lends());
         assert_eq!(lending.step(flush(16, 15), now), Some(Change::FellBack));
-        assert!(!lending.lends() && !lending.works());
+        assert!(!lending.lends() && !lending.works() && !lending.tries());
         assert_eq!(lending.step(flush(16, 15), now), None);
         let mut never = alone(false);
         assert_eq!(never.step(flush(0, 0), now + PAUSE_MAX), None);
