@@ -122,8 +122,11 @@ impl Guardian {
         Ok(given_up)
     }
 
-    /// Writes down what is about to be stopped for an attempt, and who is asked to stop.
+    /// Writes down what is about to be stopped for an attempt, and who is asked to stop; nothing if that is nobody.
     pub fn note(&mut self, nonce: Hex128, stopped: Vec<Stopped>, asked: Asked) -> io::Result<()> {
+        if stopped.is_empty() && asked.regions.is_empty() {
+            return Ok(());
+        }
         self.watch()?;
         if !asked.regions.is_empty() {
             let note = AskedNote {

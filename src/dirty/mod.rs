@@ -186,6 +186,12 @@ impl Tracker {
         matches!(self, Self::Scan(_))
     }
 
+    /// Whether it knows by itself what was written.
+    #[must_use]
+    pub fn is_exact(&self) -> bool {
+        matches!(self, Self::Exact(..))
+    }
+
     /// Pages that are owed and that the next Iteration compares first.
     #[must_use]
     pub fn comparable_pages(&self) -> u64 {

@@ -189,6 +189,12 @@ pub enum Freezer {
 }
 
 impl Freezer {
+    /// Whether there is something to stop.
+    #[must_use]
+    pub fn is_some(&self) -> bool {
+        !matches!(self, Self::None)
+    }
+
     /// Whether it is for us to stop, and then to let go on: not if it stands still already.
     fn is_ours(&self) -> Result<bool, FreezeError> {
         match self {

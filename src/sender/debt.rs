@@ -64,14 +64,9 @@ impl Debt {
     /// Tells the trackers that everything is owed, before the first page is read: from here on no
     /// write is missed.
     pub(super) async fn arm(&self) -> Result<(), TransferError> {
-        let sources = Arc::clone(&self.sources);
-        let arm = move || {
-            sources
-                .iter()
-                .try_for_each(|(region, tracker)| tracker.begin(region))
-        };
-        let armed = spawn_blocking(arm).await;
-        Ok(armed.map_err(|error| TransferError::local("arm the trackers")(error.into()))??)
+        self.on_a_thread(|region, tracker, _| tracker.begin(region).map(|()| 0))
+            .await
+            .map(drop)
     }
 
     /// Adds what was written since the last time; gives how many pages that were.
@@ -104,7 +99,15 @@ impl Debt {
             .await
     }
 
+    /// Whether some tracker knows by itself and can be asked.
+    pub(super) fn can_be_asked(&self) -> bool {
+        self.sources.iter().any(|(_, tracker)| tracker.is_exact())
+    }
+
     async fn on_a_thread(&self, ask: impl Ask) -> Result<u64, TransferError> {
+        if !self.can_be_asked() {
+            return Ok(0);
+        }
         let asked = spawn_blocking(self.look(ask)).await;
         Ok(asked.map_err(|error| TransferError::local("ask the trackers")(error.into()))??)
     }

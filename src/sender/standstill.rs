@@ -77,11 +77,13 @@ impl Standstill {
     /// the same thread, for every hand-over to another one costs as much as a freeze. Gives how long the
     /// freeze took, and a draft of the commit record for those that were stopped.
     ///
-    /// Who is to be stopped is noted before the first one is, so that none is left stopped whoever dies when.
+    /// Who is to be stopped is noted before the first one is, so that none is left stopped whoever dies when. Unless it
+    /// `takes_time`, there is nobody to be stopped and nothing to be looked at.
     pub(super) async fn freeze(
         &mut self,
         freezers: Vec<Freezer>,
         limit: Duration,
+        takes_time: bool,
         propose: impl FnOnce(Vec<Stopped>) -> io::Result<Proposal<CommitSent>> + Send + 'static,
         look: impl FnOnce() -> Looked + Send + 'static,
     ) -> Result<(Duration, Proposal<CommitSent>), TransferError> {
@@ -120,11 +122,15 @@ impl Standstill {
             // Nobody has to be stopped before the thread is there.
             Box::new(move || stop(begin()?))
         };
-        // Kept, so that a cancel that comes just now waits for the end of it and thaws.
-        let freezing = self.freezing.insert(spawn_blocking(freeze));
-        let found = freezing.await;
-        self.freezing = None;
-        let found = found.map_err(|error| TransferError::local("freeze")(error.into()))??;
+        let found = if takes_time {
+            // Kept, so that a cancel that comes just now waits for the end of it and thaws.
+            let freezing = self.freezing.insert(spawn_blocking(freeze));
+            let found = freezing.await;
+            self.freezing = None;
+            found.map_err(|error| TransferError::local("freeze")(error.into()))??
+        } else {
+            freeze()?
+        };
         (self.frozen, self.since) = (found.frozen, found.since);
         self.stands = true;
         attempt.enter_unheard(Status::Device);

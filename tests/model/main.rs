@@ -283,6 +283,7 @@ impl<'a> Attempt<'a> {
                 channel: Box::new(sender),
                 engine: lends.then_some(Engine::MsgZerocopy),
                 note: String::new(),
+                within_host: index.is_multiple_of(2),
             };
             self.streams.push(OutgoingStream::new(
                 index,

@@ -32,6 +32,7 @@ impl Transfer {
             .iter()
             .map(|registered| registered.freezer.clone())
             .collect();
+        let takes_time = self.debt.can_be_asked() || freezers.iter().any(Freezer::is_some);
         let look = self.debt.harvest_frozen(self.is_prepared());
         let (journal, draft) = (
             Arc::clone(&self.order.journal),
@@ -39,7 +40,9 @@ impl Transfer {
         );
         let propose = move |stopped| journal.propose(CommitSent { stopped, ..draft });
         let limit = self.parameters.freeze_timeout;
-        let frozen = self.standstill.freeze(freezers, limit, propose, look);
+        let frozen = self
+            .standstill
+            .freeze(freezers, limit, takes_time, propose, look);
         let proposal;
         (self.downtime.freeze, proposal) = frozen.await?;
         self.proposal = Some(proposal);
