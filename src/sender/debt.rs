@@ -99,13 +99,14 @@ impl Debt {
             .await
     }
 
-    /// Whether some tracker knows by itself and can be asked.
-    pub(super) fn can_be_asked(&self) -> bool {
-        self.sources.iter().any(|(_, tracker)| tracker.is_exact())
+    /// Whether to ask the trackers takes next to no time.
+    pub(super) fn answers_at_once(&self) -> bool {
+        let mut trackers = self.sources.iter().map(|(_, tracker)| tracker);
+        trackers.all(Tracker::answers_at_once)
     }
 
     async fn on_a_thread(&self, ask: impl Ask) -> Result<u64, TransferError> {
-        if !self.can_be_asked() {
+        if !self.sources.iter().any(|(_, tracker)| tracker.is_exact()) {
             return Ok(0);
         }
         let asked = spawn_blocking(self.look(ask)).await;

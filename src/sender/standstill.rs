@@ -78,7 +78,7 @@ impl Standstill {
     /// freeze took, and a draft of the commit record for those that were stopped.
     ///
     /// Who is to be stopped is noted before the first one is, so that none is left stopped whoever dies when. Unless it
-    /// `takes_time`, there is nobody to be stopped and nothing to be looked at.
+    /// `takes_time`, nobody has to be stopped and the look is a short one.
     pub(super) async fn freeze(
         &mut self,
         freezers: Vec<Freezer>,

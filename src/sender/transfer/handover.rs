@@ -32,7 +32,7 @@ impl Transfer {
             .iter()
             .map(|registered| registered.freezer.clone())
             .collect();
-        let takes_time = self.debt.can_be_asked() || freezers.iter().any(Freezer::is_some);
+        let takes_time = !self.debt.answers_at_once() || freezers.iter().any(Freezer::is_some);
         let look = self.debt.harvest_frozen(self.is_prepared());
         let (journal, draft) = (
             Arc::clone(&self.order.journal),
