@@ -72,15 +72,30 @@ pub(super) fn stays_within_host(socket: BorrowedFd<'_>) -> bool {
 /// This is room for some 7 MiB.
 const QUEUE_OF_HUGE_PAGES_BYTES: usize = 64 << 20;
 
-/// Has room for sends of registered huge pages in the queue of a connection that leaves this host: as much as
-/// `net.core.wmem_max` allows, or all of it for who may administer the network.
+/// Has room for sends of registered huge pages in the queue of a connection that leaves this host: all of it for who
+/// may administer the network, or as much as `net.core.wmem_max` allows.
 pub(super) fn make_room_for_huge_pages(socket: BorrowedFd<'_>) -> io::Result<()> {
     let bytes = QUEUE_OF_HUGE_PAGES_BYTES;
-    if !stays_within_host(socket) {
-        setsockopt(&socket, SndBufForce, &bytes)
-            .or_else(|_| setsockopt(&socket, SndBuf, &bytes))?;
+    if stays_within_host(socket) || setsockopt(&socket, SndBufForce, &bytes).is_ok() {
+        return Ok(());
     }
-    Ok(())
+    // What is set is not adapted any more: it must not be less than what the kernel would come to by itself.
+    match (allowed(bytes), usual_queue_max()) {
+        (Some(allowed), Some(usual)) if allowed > usual => Ok(setsockopt(&socket, SndBuf, &bytes)?),
+        _ => Ok(()),
+    }
+}
+
+/// Length of the queue that comes of asking for `bytes`.
+fn allowed(bytes: usize) -> Option<usize> {
+    let most = fs::read_to_string("/proc/sys/net/core/wmem_max").ok()?;
+    Some(2 * bytes.min(most.trim().parse().ok()?))
+}
+
+/// The longest queue that TCP gives a socket by itself.
+fn usual_queue_max() -> Option<usize> {
+    let sizes = fs::read_to_string("/proc/sys/net/ipv4/tcp_wmem").ok()?;
+    sizes.split_whitespace().nth(2)?.parse().ok()
 }
 
 /// The addresses of a TCP connection: ours and the other one.

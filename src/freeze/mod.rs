@@ -356,6 +356,14 @@ impl Writers {
         self.ours().filter_map(Freezer::record).collect()
     }
 
+    /// Some time has passed: those that somebody else has stopped meanwhile are not ours any more.
+    pub fn look_again(&mut self) -> Result<(), FreezeError> {
+        for (writer, ours) in &mut self.0 {
+            *ours = *ours && writer.is_ours()?;
+        }
+        Ok(())
+    }
+
     fn ours(&self) -> impl Iterator<Item = &Freezer> {
         let ours = self.0.iter().filter(|(_, ours)| *ours);
         ours.map(|(writer, _)| writer)
@@ -480,6 +488,19 @@ mod tests {
         freeze(&[Freezer::Pid(sleeper.process())]).unwrap().keep();
         drop(freeze(&[Freezer::Pid(sleeper.process())]).unwrap());
         assert!(sleeper.is_stopped());
+    }
+
+    #[test]
+    fn a_writer_that_somebody_else_stops_before_us_stays_so() {
+        let sleeper = Sleeper::start();
+        let mut writers = Writers::of(&[Freezer::Pid(sleeper.process())]).unwrap();
+        assert_eq!(writers.record().len(), 1);
+        let theirs = freeze(&[Freezer::Pid(sleeper.process())]).unwrap();
+        writers.look_again().unwrap();
+        drop(writers.freeze(TIMEOUT).unwrap());
+        assert!(sleeper.is_stopped());
+        drop(theirs);
+        assert!(sleeper.runs_again());
     }
 
     #[test]

@@ -112,12 +112,15 @@ impl Standstill {
             })
         };
         let freeze: Box<dyn FnOnce() -> _ + Send> = if self.asked {
-            let begun = begin()?;
-            self.since = begun.2;
+            let (mut writers, proposal, since) = begin()?;
+            self.since = since;
             attempt.clients.forget();
             attempt.enter(Status::PreSwitchover);
             self.all_say(Said::StandsStill, limit).await?;
-            Box::new(move || stop(begun))
+            Box::new(move || {
+                writers.look_again()?;
+                stop((writers, proposal, since))
+            })
         } else {
             // Nobody has to be stopped before the thread is there.
             Box::new(move || stop(begin()?))

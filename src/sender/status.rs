@@ -147,6 +147,8 @@ pub(super) struct Attempt {
     /// Writers that stop themselves.
     pub(super) clients: Clients,
     state: Mutex<State>,
+    /// Held from taking what is to be announced until it is; never taken behind `state`.
+    announcing: Mutex<()>,
 }
 
 impl Attempt {
@@ -195,6 +197,7 @@ impl Attempt {
                 blob_bytes: None,
                 error: None,
             }),
+            announcing: Mutex::default(),
         };
         attempt.announce();
         Arc::new(attempt)
@@ -204,8 +207,15 @@ impl Attempt {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Announces what was entered.
+    fn in_order(&self) -> MutexGuard<'_, ()> {
+        let announcing = self.announcing.lock();
+        announcing.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Announces what was entered, in that order whoever does: a client that is told to stop after it was told to go
+    /// on stands still for ever.
     pub(super) fn announce(&self) {
+        let _in_order = self.in_order();
         let unheard = std::mem::take(&mut self.lock().unheard);
         for status in unheard {
             tracing::info!(id = %self.id, status = status.as_str(), "transfer");
@@ -215,6 +225,7 @@ impl Attempt {
 
     /// Tells writers that stopped themselves that they may go on, whatever becomes of the attempt.
     pub(super) fn release_clients(&self) {
+        let _in_order = self.in_order();
         self.clients.release(&self.events, &self.id);
     }
 

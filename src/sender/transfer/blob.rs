@@ -60,6 +60,8 @@ impl Transfer {
         let Some(fd) = given.or_else(|| spent.map(|Spent(fd)| fd)) else {
             return Ok(None);
         };
+        // Whoever writes it may wait for that.
+        self.attempt.announce();
         let patience = self.parameters.freeze_timeout;
         let read = move || {
             if again && lseek(&fd, 0, Whence::SeekSet).is_err() {
