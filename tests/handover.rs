@@ -15,7 +15,7 @@ use std::path::Path;
 
 use common::memory::{MIB, PAGE, dense, noise, punch, sparse};
 use common::{DEADLINE, Daemon, Pair, Stage, Writer, ended, listing};
-use memferry::client::Connection;
+use memferry::client::{Connection, Event};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::{Value, json};
 
@@ -134,8 +134,11 @@ fn what_is_written_into_the_blob_until_the_freeze_arrives() {
     let mut pair = pair();
     pair.add_noise(4 * MIB);
     let (near, far) = nix::unistd::pipe().unwrap();
+    let mut listener = Connection::connect(pair.sender.socket()).unwrap();
     pair.begin_with_blob(&File::from(near));
-    pair.sender.wait("r", "device");
+    // Who writes it may wait for the event: so that has to come before anything is read.
+    let announced = |event: &Event| event.name == "MIGRATION" && event.data["status"] == "device";
+    while !announced(&listener.next_event(DEADLINE).unwrap().expect("an event")) {}
     let mut far = File::from(far);
     far.write_all(b"the last word").unwrap();
     drop(far);
