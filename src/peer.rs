@@ -5,20 +5,21 @@
 //! all arrive as the one error that ends it. What is said is the business of `sender` and `receiver`.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::either::Either;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::channel::Suspect;
+use crate::channel::{Suspect, within_host};
 use crate::endpoint::Endpoint;
 use crate::sys::tcp;
 use crate::wire::{
@@ -117,7 +118,7 @@ pub async fn connect(
     let connecting = async {
         match endpoint {
             Endpoint::Tcp { host, port } => {
-                let stream = TcpStream::connect((host.as_str(), *port)).await?;
+                let stream = connect_tcp(host, *port).await?;
                 stream.set_nodelay(true)?;
                 Ok(Either::Left(stream))
             }
@@ -143,6 +144,23 @@ pub async fn connect(
     let answer = answer?;
     check_answer(preamble.purpose, &answer)?;
     Ok((connection, answer.common_version()))
+}
+
+/// Tries one address of `host` after the other.
+async fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+    let mut refused = io::Error::other("the name has no address");
+    for to in lookup_host((host, port)).await? {
+        let socket = match to {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        within_host::prepare(socket.as_fd(), to)?;
+        match socket.connect(to).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => refused = error,
+        }
+    }
+    Err(refused)
 }
 
 /// Reads a preamble. Not bounded in time: the caller is.

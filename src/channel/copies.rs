@@ -4,14 +4,14 @@
 use std::borrow::Cow;
 use std::fs;
 use std::io;
-use std::net::IpAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::if_nametoindex;
+use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::{SndBuf, SndBufForce};
-use nix::sys::socket::{SockaddrStorage, getpeername, getsockname, setsockopt};
 
+use super::within_host::{self, address, ends};
 use crate::sys::{errqueue, link};
 
 /// Asks for zero copy; if it cannot be had, says why.
@@ -46,25 +46,6 @@ pub(super) fn trouble(socket: BorrowedFd<'_>, refused: bool, all_copied: bool) -
     })
 }
 
-/// Bytes that a sender within this host queues before it waits; the kernel doubles the number. What was just
-/// written is still in the caches then when it is read: with the megabytes that the kernel would let it queue, a
-/// loop over loopback takes up to a half longer, on both sides. No shorter either: with 32 KiB only one segment of
-/// loopback's 64 KiB fits, and each waits for a delayed acknowledgement (40 ms).
-const QUEUE_WITHIN_HOST_BYTES: usize = 128 << 10;
-
-/// Keeps the queue of a connection short that does not leave this host. Others need what is on the line.
-pub fn keep_queue_short(socket: BorrowedFd<'_>) -> io::Result<()> {
-    if stays_within_host(socket) {
-        setsockopt(&socket, SndBuf, &QUEUE_WITHIN_HOST_BYTES)?;
-    }
-    Ok(())
-}
-
-/// Whether a TCP connection is known not to leave this host.
-pub(super) fn stays_within_host(socket: BorrowedFd<'_>) -> bool {
-    ends(socket).is_some_and(|(near, far)| is_within_host(near, far))
-}
-
 /// Bytes that the queue of a connection out of this host may seem to have, if it sends registered memory in huge
 /// pages; the kernel doubles the number. It charges each fragment with all that lies before it in its huge page (as
 /// of Linux 6.18 `io_sg_from_iter` in io_uring/net.c, where compound pages are still to be done): 1 MiB on average for
@@ -76,7 +57,7 @@ const QUEUE_OF_HUGE_PAGES_BYTES: usize = 64 << 20;
 /// may administer the network, or as much as `net.core.wmem_max` allows.
 pub(super) fn make_room_for_huge_pages(socket: BorrowedFd<'_>) -> io::Result<()> {
     let bytes = QUEUE_OF_HUGE_PAGES_BYTES;
-    if stays_within_host(socket) || setsockopt(&socket, SndBufForce, &bytes).is_ok() {
+    if within_host::is(socket) || setsockopt(&socket, SndBufForce, &bytes).is_ok() {
         return Ok(());
     }
     // What is set is not adapted any more: it must not be less than what the kernel would come to by itself.
@@ -98,20 +79,9 @@ fn usual_queue_max() -> Option<usize> {
     sizes.split_whitespace().nth(2)?.parse().ok()
 }
 
-/// The addresses of a TCP connection: ours and the other one.
-fn ends(socket: BorrowedFd<'_>) -> Option<(IpAddr, IpAddr)> {
-    let near = address(&getsockname(socket.as_raw_fd()).ok()?)?;
-    let far = address(&getpeername(socket.as_raw_fd()).ok()?)?;
-    Some((near, far))
-}
-
-fn is_within_host(near: IpAddr, far: IpAddr) -> bool {
-    near.is_loopback() || far.is_loopback() || near == far
-}
-
 fn why_copied(socket: BorrowedFd<'_>) -> Option<String> {
     let (near, far) = ends(socket)?;
-    if is_within_host(near, far) {
+    if within_host::joins(near, far) {
         return Some("loopback: the receiver is on this host, and the kernel copies".to_owned());
     }
     let interface = getifaddrs()
@@ -132,14 +102,6 @@ fn why_copied(socket: BorrowedFd<'_>) -> Option<String> {
     path.starts_with("/sys/devices/virtual").then(|| {
         format!("{interface} is virtual (veth, bridge or tunnel), where the kernel copies")
     })
-}
-
-fn address(found: &SockaddrStorage) -> Option<IpAddr> {
-    if let Some(v4) = found.as_sockaddr_in() {
-        return Some(v4.ip().into());
-    }
-    let v6 = found.as_sockaddr_in6()?.ip();
-    Some(v6.to_ipv4_mapped().map_or_else(|| v6.into(), IpAddr::from))
 }
 
 /// Whether a line of `/proc/net/packet` is a packet socket on this interface, or on all (0).

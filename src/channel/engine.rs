@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::copies;
+use super::within_host;
 use super::{Channel, Features, Patience, SocketChannel, UringChannel, WriteFlags, writev_all};
 use crate::limits::PAGE_BYTES;
 use crate::region::Region;
@@ -135,7 +135,7 @@ pub fn open(
         errqueue::family(fd.as_fd())?,
         libc::AF_INET | libc::AF_INET6
     );
-    let within_host = is_tcp && copies::stays_within_host(fd.as_fd());
+    let within_host = is_tcp && within_host::is(fd.as_fd());
     if is_tcp {
         notes.extend(share.map(|share| {
             let share = share / 1024;

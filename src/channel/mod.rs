@@ -27,11 +27,11 @@ mod uring;
 #[cfg(test)]
 mod uring_tests;
 mod wait;
+pub mod within_host;
 
 pub use budget::{memlock_limit, share};
 pub use buffer::BufferChannel;
 pub use command::CommandChannel;
-pub use copies::keep_queue_short;
 pub use engine::{Choice, Engine, Opened, Trial, open, trial};
 pub use file::FileChannel;
 pub use socket::SocketChannel;

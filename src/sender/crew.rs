@@ -87,13 +87,13 @@ impl Crew {
             wake: self.wake.clone(),
         };
         let fd = peer::into_descriptor(connection)?;
-        channel::keep_queue_short(fd.as_fd())?;
+        let within_host = channel::within_host::keep_queue_short(fd.as_fd())?;
         let Some(choice) = choice else {
             return Ok(Opened {
                 channel: Box::new(SocketChannel::new(fd, patience, false)?),
                 engine: None,
                 note: String::new(),
-                within_host: false,
+                within_host,
             });
         };
         // What is never sent from a registration is not registered either.

@@ -5,7 +5,9 @@ mod acks;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::channel::{Channel, Engine, Flush, Opened, Shutdown, WriteFlags, writev_all};
+use crate::channel::{
+    Channel, Engine, Flush, Opened, Shutdown, WriteFlags, within_host, writev_all,
+};
 use crate::dirty::Tracker;
 use crate::iteration::{Look, Piece, Plan};
 use crate::region::{Region, Span};
@@ -113,6 +115,8 @@ pub struct OutgoingStream {
     note: String,
     /// The connection does not leave this host.
     within_host: bool,
+    /// Takes a share of the pages, and is not one more than is of use.
+    carries: bool,
     tell: Tell,
     stats: Arc<StreamStats>,
     inspector: Inspector,
@@ -152,6 +156,7 @@ impl OutgoingStream {
             engine,
             note,
             within_host,
+            carries: !within_host || usize::from(index) < within_host::useful_streams(),
             tell,
             stats,
             piece: Piece::default(),
@@ -168,7 +173,7 @@ impl OutgoingStream {
             stream: self.index,
             ..Report::default()
         };
-        while job.plan.next(&mut self.piece) {
+        while self.carries && job.plan.next(&mut self.piece) {
             if self.setup.wake.is_awake() {
                 return Err(StreamError::Ended);
             }
