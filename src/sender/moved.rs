@@ -5,8 +5,8 @@
 //! after that means it.
 
 use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -19,7 +19,8 @@ use crate::wire::BootId;
 /// The notes' directory, beside the journal of commits.
 const NOTES: &str = "moved";
 
-/// Which attempt handed a file over.
+/// Which attempt handed a file over. It is kept as the text of a symbolic link that leads nowhere: that is there
+/// with its text or not at all, in one step, and there is one for each of what may be thousands of Regions.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Note {
@@ -78,10 +79,15 @@ impl Moved {
             born,
             attempt: attempt.clone(),
         };
-        let mut draft = tempfile::NamedTempFile::new_in(&self.directory)?;
-        draft.write_all(&serde_json::to_vec(&note)?)?;
-        draft.persist(path).map_err(|failed| failed.error)?;
-        Ok(())
+        let note = serde_json::to_string(&note)?;
+        match symlink(&note, &path) {
+            // About another file that had this number, or about this one.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                fs::remove_file(&path)?;
+                symlink(&note, &path)
+            }
+            written => written,
+        }
     }
 
     /// Where the note about a file is, and when the file was made.
@@ -90,13 +96,13 @@ impl Moved {
         let born = meta.created().ok();
         let born = born.and_then(|born| born.duration_since(UNIX_EPOCH).ok());
         let born = born.and_then(|born| u64::try_from(born.as_nanos()).ok());
-        let name = format!("{:x}-{:x}.json", meta.dev(), meta.ino());
+        let name = format!("{:x}-{:x}", meta.dev(), meta.ino());
         Ok((self.directory.join(name), born))
     }
 }
 
 fn read(path: &Path) -> Option<Note> {
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
+    serde_json::from_str(fs::read_link(path).ok()?.to_str()?).ok()
 }
 
 #[cfg(test)]
@@ -125,6 +131,8 @@ mod tests {
         again.forget(&elsewhere);
         assert_eq!(again.find(&elsewhere), None);
         moved.add(&first, &Name::new("a").unwrap());
+        moved.add(&first, &Name::new("b").unwrap());
+        assert_eq!(moved.find(&first), Some(Name::new("b").unwrap()));
         let later = Moved::open(directory.path(), BootId("c".into())).unwrap();
         assert_eq!(later.find(&first), None);
     }
