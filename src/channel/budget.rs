@@ -1,6 +1,7 @@
 //! How much memory may be pinned: what is known before the first send.
 
 use std::fs;
+use std::sync::OnceLock;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
@@ -11,15 +12,21 @@ const ENOUGH_BYTES: u64 = 8 * 1024 * 1024;
 /// If it cannot be found out, nothing is limited beforehand: the kernel says when it refuses.
 #[must_use]
 pub fn memlock_limit() -> Option<u64> {
-    const CAP_IPC_LOCK: u32 = 14;
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let capabilities = u64::from_str_radix(line?.trim(), 16).ok()?;
-    if capabilities & (1 << CAP_IPC_LOCK) != 0 {
+    // Others may change a limit at any time; what a process is capable of, only itself, and this one does not.
+    static IS_LIMITED: OnceLock<bool> = OnceLock::new();
+    if !IS_LIMITED.get_or_init(|| !has_ipc_lock().unwrap_or(true)) {
         return None;
     }
     let (soft, _) = getrlimit(Resource::RLIMIT_MEMLOCK).ok()?;
     (soft != RLIM_INFINITY).then_some(soft)
+}
+
+fn has_ipc_lock() -> Option<bool> {
+    const CAP_IPC_LOCK: u32 = 14;
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let capabilities = u64::from_str_radix(line?.trim(), 16).ok()?;
+    Some(capabilities & (1 << CAP_IPC_LOCK) != 0)
 }
 
 /// What each of `streams` may have pinned, in bytes, if `limit` is too small to be left to the socket.

@@ -64,12 +64,14 @@ pub(super) struct Room {
     pub(super) huge_bytes: u64,
     /// Bytes there are.
     left: u64,
+    /// Regions arrive in files, and not all in memory that was prepared.
+    has_files: bool,
 }
 
 impl Room {
-    /// Whether huge pages fit, whatever they leave unused.
+    /// Whether there are files for huge pages, and these fit, whatever they leave unused.
     pub(super) fn fits_huge_pages(self) -> bool {
-        self.huge_bytes <= self.left
+        self.has_files && self.huge_bytes <= self.left
     }
 }
 
@@ -129,7 +131,7 @@ pub(super) fn admit(
         );
     }
     let (mut total, mut data, mut huge): (u64, u64, u64) = (obligations.total_bytes, 0, 0);
-    let mut names = HashSet::new();
+    let (mut names, mut has_files) = (HashSet::new(), false);
     for region in &offer.regions {
         let name = &region.name;
         if !names.insert(name) {
@@ -189,6 +191,7 @@ pub(super) fn admit(
                 ),
             );
         }
+        has_files = true;
         let needed = region.data_bytes.min(region.length);
         data += needed;
         huge += (needed * 2).min(region.length.next_multiple_of(HUGE_PAGE_BYTES));
@@ -216,6 +219,7 @@ pub(super) fn admit(
         needed_bytes: data,
         huge_bytes: huge.max(data),
         left,
+        has_files,
     })
 }
 

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::sync::LazyLock;
 
 use nix::errno::Errno;
 
@@ -72,6 +73,13 @@ impl Whereabouts {
     /// Asks. With several nodes the kernel walks all page tables of the process for it, at a millisecond or so per
     /// GiB in small pages: not for a thread that others wait for.
     pub fn now() -> io::Result<Self> {
+        // A machine cannot get more than are possible, and one node is what most have.
+        static POSSIBLE: LazyLock<String> = LazyLock::new(|| {
+            fs::read_to_string("/sys/devices/system/node/possible").unwrap_or_default()
+        });
+        if let [node] = nodes(POSSIBLE.trim())[..] {
+            return Ok(Self::OneNode(node));
+        }
         match allowed()?.as_slice() {
             [node] => Ok(Self::OneNode(*node)),
             _ => Ok(Self::Many(fs::read_to_string("/proc/self/numa_maps")?)),
