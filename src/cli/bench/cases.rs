@@ -141,6 +141,9 @@ pub(super) const CASES: &[Case] = &[
     case!("cold", How::Compare(Cold, PLAIN, RAW), "cold memory, integrity off, beside the raw loop", "×", AtLeast(0.9)),
     case!("cold-checked", How::Compare(Cold, CHECKED, RAW), "the same with integrity on", "×", AtLeast(0.8)),
     case!("cold-qemu", How::Mount { huge: false }, "cold memory, integrity off, beside QEMU multifd", "×", AtLeast(2.0)),
+    case!("cold-qemu-raw", How::Compare(Cold, RAW, Party::Qemu { populated: false }), [
+        good_to_know("cold-qemu-raw", "the raw loop in its place: what making the memory leaves to be gained", "×"),
+    ]),
     case!("cold-qemu-huge", How::Mount { huge: true }, "the same on a mount that gives huge pages", "×", AtLeast(4.0)),
     case!("zero-copy", How::Compare(Prepared, ours(2, "crc32c", "auto"), CHECKED), "zero-copy = auto where the kernel copies, beside off", "×", AtLeast(0.95)),
     case!("zero-copy-msg", How::Compare(Prepared, ours(2, "crc32c", "msg-zerocopy"), CHECKED), "the same, msg-zerocopy", "×", AtLeast(0.95)),
@@ -175,6 +178,9 @@ pub(super) const CASES: &[Case] = &[
     case!("one-stream", How::Compare(Prepared, ours(1, "off", "off"), Party::Raw { streams: 1 }), "1 stream, integrity off, beside the raw loop with one", "×", AtLeast(0.9)),
     case!("regions", How::Regions, "the same memory in 1 to 1000 regions: the slowest as a multiple of the best", "×", AtLeast(0.8)),
     case!("attempts", How::Attempts, "the same memory in 1 to 64 transfers at once: the slowest as a multiple of the best", "×", AtLeast(0.8)),
+    case!("attempts-raw", How::Compare(Prepared, Party::Raw { streams: 128 }, RAW), [
+        good_to_know("attempts-raw", "the raw loop with as many connections as 64 transfers, beside itself with 2, which have no memory to make", "×"),
+    ]),
     case!("faults", How::Elsewhere("cargo test --release --test faults, which prints the times"), [
         figure("dead-peer", "how long until a dead peer is noticed", "s", AtMost(1.0)),
         figure("hung-peer", "a hung peer or silent partition, as a multiple of stall-timeout", "×", AtMost(1.0)),
