@@ -14,9 +14,10 @@ use nix::sys::socket::{SockaddrStorage, getpeername, getsockname, setsockopt};
 
 /// Bytes that a sender within this host queues before it waits; the kernel doubles the number. What was just
 /// written is still in the caches then when it is read: with the megabytes that the kernel would let it queue, a
-/// loop over loopback takes up to a half longer, on both sides. No shorter either: with 32 KiB only one segment of
+/// loop over loopback takes up to a half longer, on both sides. No shorter either: with half of it a single stream
+/// waits for its other end so often that it takes half as long again, and with 32 KiB only one segment of
 /// loopback's 64 KiB fits, and each waits for a delayed acknowledgement (40 ms).
-const QUEUE_BYTES: usize = 128 << 10;
+const QUEUE_BYTES: usize = 256 << 10;
 
 /// The congestion control of a connection within this host. Every kernel has this one, and anybody may choose it.
 /// BBR, the default of some, measures what there is as if it were a line, and sends on a timer: with packets of
