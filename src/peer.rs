@@ -154,7 +154,7 @@ async fn connect_tcp(host: &str, port: u16) -> io::Result<TcpStream> {
             SocketAddr::V4(_) => TcpSocket::new_v4()?,
             SocketAddr::V6(_) => TcpSocket::new_v6()?,
         };
-        within_host::prepare(socket.as_fd(), to)?;
+        within_host::prepare(socket.as_fd(), to);
         match socket.connect(to).await {
             Ok(stream) => return Ok(stream),
             Err(error) => refused = error,
